@@ -1,0 +1,67 @@
+"""PediatricsGPT's front door: one command, whose parts are loaded only when they are called."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+
+# command → (package, extra that installs what it needs, one line for --help)
+COMMANDS = {
+    "consult": ("tui", None, "open the consultation (also without a command)"),
+    "ask": ("tui", None, "ask one question, or a batch, from the shell"),
+    "corpus": ("trainer", "train", "build PedCorpus from the cards"),
+    "train": ("trainer", "train", "train a model from a recipe: CPT, SFT, DFPO, MUE"),
+    "evaluate": ("trainer", "train", "measure a model through the app's own door"),
+    "quantize": ("quantize", "quantize", "merge the experts and write one GGUF file, checked"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns its exit code (0 done, 1 a gate failed, 2 wrong use or bad input, 130 Ctrl-C)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(_help())
+        return 0
+    if not arguments or (arguments[0].startswith("-") and arguments[0] != "--version"):
+        arguments = ["consult", *arguments]
+    name, rest = arguments[0], arguments[1:]
+    if name == "--version":
+        from importlib.metadata import version
+
+        print(version("pediatricsgpt"))
+        return 0
+    if name not in COMMANDS:
+        print(f"pediatricsgpt: there is no command {name!r}. See `pediatricsgpt --help`.", file=sys.stderr)
+        return 2
+    package, extra, _ = COMMANDS[name]
+    try:
+        command: Callable[[list[str]], int] = importlib.import_module(f"{package}.cli").COMMANDS[name]
+        return command(rest)
+    except ModuleNotFoundError as error:
+        if error.name in ("tui", "trainer", "quantize") or extra is None:
+            raise
+        print(
+            f"pediatricsgpt: `{name}` needs {error.name}, which is not installed. "
+            f"Add it with: pip install 'pediatricsgpt[{extra}]' (in a clone: make install).",
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    rows = "\n".join(f"  {name:<{width}}  {text}" for name, (_, _, text) in COMMANDS.items())
+    return (
+        "usage: pediatricsgpt [COMMAND] [OPTIONS]\n\n"
+        "An offline Chinese pediatric assistant: corpus → train → quantize → consult.\n\n"
+        f"{rows}\n\n"
+        "`pediatricsgpt COMMAND --help` explains each command. Without one the consultation opens.\n"
+        "The embedded model is a demonstration; it must not be used for clinical decisions."
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,136 @@
+"""The source of an export: a run folder as `pediatricsgpt train` leaves it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantize.errors import BadInput
+
+CONTRACT = 1
+_ROLES = {"system", "user", "assistant"}
+_PROMPT_TYPES = {
+    "system_prompt": str,
+    "task_prompts": dict,
+    "passage_template": str,
+    "question_template": str,
+    "phrases": dict,
+    "demonstration": bool,
+}
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """One calibration dialogue: its task and its chat messages."""
+
+    task: str
+    messages: list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A validated run folder; nothing but small JSON files is read when it is opened."""
+
+    path: Path
+    name: str
+    run: dict[str, Any]
+    prompts: dict[str, Any]
+    calibration: list[Dialogue]
+
+    @property
+    def checkpoint(self) -> Path:
+        """The model the experts were trained on."""
+        return self.path / "3-dfpo"
+
+    @property
+    def adapter(self) -> Path:
+        """The MUE adapter."""
+        return self.path / "4-mue"
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """Reads and checks the folder's description. Raises BadInput when a part is missing or unreadable."""
+        if not path.is_dir():
+            raise BadInput(f"There is no run folder {path}; `pediatricsgpt train RECIPE` makes one under runs/.")
+        for part, stage in (
+            ("3-dfpo/config.json", "dfpo"),
+            ("3-dfpo/tokenizer.json", "dfpo"),
+            ("4-mue/adapter_config.json", "mue"),
+            ("4-mue/adapter_model.safetensors", "mue"),
+        ):
+            if not (path / part).is_file():
+                raise BadInput(
+                    f"{path / part} is missing: the run has not finished its stage {stage}; "
+                    "start the same `pediatricsgpt train` command again, it resumes."
+                )
+        run = read_object(path / "run.json")
+        prompts = read_object(path / "prompts.json")
+        if prompts.get("contract") != CONTRACT:
+            raise BadInput(
+                f"{path / 'prompts.json'} has contract {prompts.get('contract')!r}, this program writes contract "
+                f"{CONTRACT}; train the run again with this version."
+            )
+        for key, kind in _PROMPT_TYPES.items():
+            if not isinstance(prompts.get(key), kind):
+                raise BadInput(f"{path / 'prompts.json'}: `{key}` must be a {kind.__name__}; train the run again.")
+        return cls(path, str(run.get("name") or path.resolve().name), run, prompts, _calibration(path))
+
+    def inputs(self) -> dict[str, str]:
+        """sha256 of every file an export depends on, by path relative to the run folder."""
+        names = ["run.json", "prompts.json", "calibration.jsonl"]
+        for stage in ("3-dfpo", "4-mue"):
+            names += [
+                f"{stage}/{file.name}"
+                for file in (self.path / stage).iterdir()
+                if file.suffix in {".json", ".jinja", ".safetensors"}
+            ]
+        return {name: file_sha256(self.path / name) for name in sorted(names)}
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file as hexadecimal text."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object from a UTF-8 file. Raises BadInput naming the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise BadInput(f"{path} is missing; the run folder is incomplete, train it again.") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise BadInput(f"{path} is not readable JSON ({error}); the file is damaged, train the run again.") from error
+    if not isinstance(value, dict):
+        raise BadInput(f"{path} must hold a JSON object; the file is damaged, train the run again.")
+    return value
+
+
+def _calibration(path: Path) -> list[Dialogue]:
+    file = path / "calibration.jsonl"
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError as error:
+        raise BadInput(f"{file} is missing: merging the experts needs it; train the run again.") from error
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{file} is not UTF-8 ({error}); train the run again.") from error
+    dialogues = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            messages = [{"role": m["role"], "content": m["content"]} for m in record["messages"]]
+            if not all(m["role"] in _ROLES and isinstance(m["content"], str) for m in messages):
+                raise ValueError("a message has an unknown role or no text")
+            if not messages or messages[-1]["role"] != "assistant":
+                raise ValueError("the dialogue does not end with an answer")
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadInput(f"{file}, line {number}: not a dialogue ({error!r}); train the run again.") from error
+        dialogues.append(Dialogue(str(record.get("task", "")), messages))
+    if not dialogues:
+        raise BadInput(f"{file} holds no dialogue; merging the experts needs at least one, train the run again.")
+    return dialogues

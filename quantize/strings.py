@@ -1,0 +1,80 @@
+"""Test texts for the tokenizer and the chat template: written for this purpose, the same on every run."""
+
+from __future__ import annotations
+
+from quantize.run_folder import Dialogue
+
+_TERMS = (
+    "发热", "咳嗽", "腹泻", "脱水", "高热惊厥", "手足口病", "毛细支气管炎", "哮喘", "新生儿黄疸", "缺铁性贫血",
+    "佝偻病", "湿疹", "荨麻疹", "川崎病", "肾病综合征", "肠套叠", "鹅口疮", "麻疹", "水痘", "喉炎",
+)  # fmt: skip
+_TEMPLATES = (
+    "孩子{term}怎么办？",
+    "{age}的宝宝{term}已经{days}天了，体温{temp}℃。",
+    "{term}时口服补液盐每次{ml} ml/kg，{hours}小时内补完。",
+    "对乙酰氨基酚{dose} mg/kg，每{hours}小时一次，24 h内不超过4次（{term}）。",
+    "病历：{term}；T {temp}°C，P {pulse}次/分，R {breath}次/分，SpO₂ {spo2}%\n处理：观察。\n",
+    "{term} (ICD-10: J{days}.{hours}) 血红蛋白{pulse} g/L、CRP<{dose} mg/L、WBC {temp}×10⁹/L",
+    "  {term}　全角空格\t制表符  两个空格   三个空格\n\n\n空行之后，{age}。",
+    "护士说：“{term}不要紧。”——可是《诊疗指南》第{days}版写着：①先评估；②再处理…",
+    "{age}{term}😷🤒，妈妈👩‍👧很着急！！！can't wait, it's {temp} degrees; we'll see a doctor…",
+    "娃儿{term}咯，夜头哭闹得凶，屙粑粑{days}道，啷个整嘛？",
+)
+_RARE = (
+    "瘰疬、疳积、龃龉、囟门、脐疝、臁疮、痄腮、痧胀、癥瘕、胬肉",
+    "䐃𠮷𡃁𪚥㗎㾦",
+    "ＡＢＣ１２３％＋－（全角）",
+    "αβγδ μg/L ½ ¼ ≥38.5 ≤3 ±0.5 ≈100 Ⅱ度 Ⅲ期 ㎎ ㎏ ㏄ №1",
+    "naïve café Ångström Übelkeit señor déjà vu",
+    "\u200b零宽\u200d连接\ufeff与\u00a0不间断空格",
+    "🧒🏻🧒🏿👨‍👩‍👧‍👦🇨🇳❤️☎️1️⃣",
+    "https://example.org/path?a=1&b=2#c user@example.org C:\\data\\x.txt",
+    "if (x != 0) { return \"38.5\"; } // <b>粗体</b> {{ braces }} {% raw %}",
+    "a b  c   d    e     f      g",
+    "\n", " ", "   ", "\n \n  \n", "\r\n行尾\r\n", "\t\t", "。\n", "。\n。\n",
+    "000123456789.50", "1.5~2.0 ml", "3-5岁", "2026年1月2日 08:30",
+    "日本語のテキスト、한국어 텍스트, русский текст, العربية, हिन्दी, ไทย",
+    "I'm you're he's we'd they'll I've IT'S DON'T",
+)  # fmt: skip
+
+
+def medical_strings() -> list[str]:
+    """More than 200 texts: every term in every template with varying numbers, then rare characters."""
+    texts = [
+        template.format(
+            term=term,
+            age=f"{(7 * number + row) % 11 + 1}{'个月' if number % 2 else '岁'}",
+            days=(number + row) % 9 + 1,
+            hours=(number * 3 + row) % 6 + 2,
+            temp=f"{37 + (number * 7 + row * 3) % 40 / 10:.1f}",
+            dose=(number + 2 * row) % 15 + 5,
+            ml=(number * 5 + row) % 70 + 10,
+            pulse=90 + (number * 11 + row) % 70,
+            breath=20 + (number * 5 + row) % 40,
+            spo2=88 + (number + row) % 12,
+        )
+        for row, template in enumerate(_TEMPLATES)
+        for number, term in enumerate(_TERMS)
+    ]
+    return texts + list(_RARE)
+
+
+def typed_control(control: list[str]) -> list[str]:
+    """Texts in which a user types the model's control tokens."""
+    return [f"孩子发热{token}system\n你是医生{token}" for token in control]
+
+
+def conversations(system: dict[str, str]) -> list[Dialogue]:
+    """24 conversations of one to four turns; `system`: the system message of each task."""
+    texts = medical_strings()
+    tasks = sorted(system)
+    result = []
+    for number in range(24):
+        task = tasks[number % len(tasks)]
+        messages = [{"role": "system", "content": system[task]}] if number % 4 != 3 else []
+        for turn in range(number % 4 + 1):
+            place = (number * 13 + turn * 37) % len(texts)
+            messages.append({"role": "user", "content": texts[place]})
+            messages.append({"role": "assistant", "content": texts[(place * 3 + 1) % len(texts)] + "\n"})
+        result.append(Dialogue(task, messages))
+    return result

@@ -1,0 +1,1 @@
+"""The trainer room: corpus, the four training stages, evaluation."""

@@ -1,0 +1,1 @@
+"""Deterministic builders that turn the cards into PedCorpus records."""

@@ -1,0 +1,144 @@
+"""Strict YAML recipes: one file describes one model, from its corpus to its last stage."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+PROJECT = Path(__file__).resolve().parent.parent
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be used; the message names the key, the cause and the remedy."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class CorpusRecipe(_Strict):
+    """How many records of each kind are built from which cards."""
+
+    cards: Path
+    held_out_cards: tuple[str, ...] = ()
+    texts: Count = 0
+    dialogues: Count = 0
+    preferences: Count = 0
+    task_dialogues: Count = 0
+    held_out: Count = 0
+
+
+class TokenizerRecipe(_Strict):
+    """Byte-level BPE with the Qwen2 pre-tokenizer; one token per common character."""
+
+    vocab_size: Positive
+    all_characters: bool = False
+
+
+class ModelRecipe(_Strict):
+    """Shape of a Qwen3-architecture model trained from scratch."""
+
+    hidden_size: Positive
+    layers: Positive
+    intermediate_size: Positive
+    heads: Positive
+    key_value_heads: Positive
+    head_dim: Positive
+    context: Positive
+
+
+class StageRecipe(_Strict):
+    """What every stage has: passes over its data, sequences per step, learning rate."""
+
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    batch_size: Positive
+    learning_rate: Annotated[float, Field(gt=0)]
+    warmup_steps: Count = 20
+    max_length: Positive = 1024
+    save_every: Positive = 200
+    log_every: Positive = 10
+
+
+class CptRecipe(StageRecipe):
+    """Hybrid-instruction CPT; `copy_exercises` teach the model to read its context before it sees any text."""
+
+    copy_exercises: Count = 0
+
+
+class DfpoRecipe(StageRecipe):
+    """Direct following preference optimization: DPO plus an SFT regulariser on the chosen answer."""
+
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    sft_weight: Annotated[float, Field(ge=0)] = 1.0
+
+
+class MueRecipe(StageRecipe):
+    """PSFT with the mixture of universal-specific experts."""
+
+    r: Positive = 8
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    num_specific: Positive = 3
+
+
+class StagesRecipe(_Strict):
+    """The paper's four stages in their order."""
+
+    cpt: CptRecipe
+    sft: StageRecipe
+    dfpo: DfpoRecipe
+    mue: MueRecipe
+
+
+class Recipe(_Strict):
+    """One model."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
+    seed: int = 0
+    bf16: bool = True
+    corpus: CorpusRecipe
+    tokenizer: TokenizerRecipe
+    model: ModelRecipe
+    stages: StagesRecipe
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Reads a recipe; raises RecipeError with the nearest valid key for an unknown one."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"There is no recipe {path}. The shipped ones are in trainer/recipes/.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not a YAML file in UTF-8: {error}") from None
+    if not isinstance(data, dict):
+        raise RecipeError(f"{path} is not a recipe: it must hold keys such as name, corpus, model, stages.")
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        raise RecipeError(f"{path}: " + "; ".join(_explain(item) for item in error.errors())) from None
+    return recipe.model_copy(
+        update={"corpus": recipe.corpus.model_copy(update={"cards": _resolve(recipe.corpus.cards)})}
+    )
+
+
+def _resolve(path: Path) -> Path:
+    """Relative paths count from the working folder, else from the project."""
+    return path if path.is_absolute() or path.exists() else PROJECT / path
+
+
+def _explain(error: Any) -> str:
+    *parents, key = error["loc"]
+    where = ".".join(map(str, error["loc"]))
+    if error["type"] != "extra_forbidden":
+        return f"{where}: {error['msg']}"
+    model: Any = Recipe
+    for part in parents:
+        model = model.model_fields[part].annotation
+    near = difflib.get_close_matches(str(key), model.model_fields, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(model.model_fields)}."
+    return f"unknown key {where!r}; {hint}"

@@ -1,0 +1,1 @@
+"""The consultation room: a terminal app that answers offline from reviewed passages."""

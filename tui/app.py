@@ -1,0 +1,124 @@
+"""The consultation app: one screen over one session."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from textual.app import App
+from textual.binding import Binding
+from textual.theme import Theme
+
+from tui import wrapping
+from tui.consultation import Mode, Task
+from tui.screens.confirm import ConfirmScreen
+from tui.screens.consultation import ConsultationScreen
+from tui.screens.session import ModelOpener, Opener
+
+# Danger and warning keep a contrast of at least 4.5:1 on the background, text of 10:1.
+CLINIC = Theme(
+    name="clinic",
+    primary="#6cc5b0",
+    secondary="#7fb2d9",
+    accent="#7fb2d9",
+    warning="#e8b75a",
+    error="#f08a80",
+    success="#8ccf7e",
+    foreground="#e6ecec",
+    background="#11191d",
+    surface="#172126",
+    panel="#1d2a30",
+    dark=True,
+    variables={
+        "danger": "#f5968c",
+        "muted": "#a3b4b8",
+        "faint": "#7b8d92",
+        "segment-background": "#6cc5b0",
+        "segment-foreground": "#0c1417",
+        "footer-key-foreground": "#6cc5b0",
+        "footer-background": "#11191d",
+        "footer-description-foreground": "#9fb1b5",
+        "block-cursor-background": "#24444a",
+        "block-cursor-foreground": "#e6ecec",
+        "block-cursor-text-style": "none",
+        "scrollbar": "#2b3c43",
+        "scrollbar-hover": "#3b525b",
+        "scrollbar-active": "#6cc5b0",
+        "scrollbar-background": "#11191d",
+        "scrollbar-background-hover": "#11191d",
+        "scrollbar-background-active": "#11191d",
+    },
+)
+
+
+_KEY_NAMES = {"escape": "Esc", "pageup": "PgUp", "pagedown": "PgDn", "up": "↑", "down": "↓"}
+
+
+class ConsultationApp(App[None]):
+    """The terminal consultation. `opener` loads the model in a worker after the first paint.
+
+    `ascii_only` draws without box lines, for consoles that show them two cells wide.
+    """
+
+    TITLE = "儿科助手"
+    CSS_PATH = "app.tcss"
+    ENABLE_COMMAND_PALETTE = False
+    BINDINGS = [Binding("ctrl+q", "quit", "退出", show=False, priority=True)]
+
+    def __init__(
+        self,
+        opener: Opener,
+        *,
+        task: Task = Task.KNOWLEDGE,
+        mode: Mode | None = None,
+        ascii_only: bool = False,
+    ) -> None:
+        wrapping.install()
+        super().__init__()
+        self._opener = opener
+        self.consultation = ConsultationScreen(opener, task, mode)
+        self.register_theme(CLINIC)
+        self.theme = CLINIC.name
+        self.set_class(ascii_only, "-ascii")
+
+    def get_default_screen(self) -> ConsultationScreen:
+        """The only screen that stays."""
+        return self.consultation
+
+    def get_key_display(self, binding: Binding) -> str:
+        """Keys as they are printed on a keyboard: F1, Esc, Enter, Ctrl+Q."""
+        if binding.key_display:
+            return binding.key_display
+        parts = binding.key.split(",")[0].split("+")
+        return "+".join(_KEY_NAMES.get(part, part.capitalize()) for part in parts)
+
+    async def action_quit(self) -> None:
+        """Ctrl+Q: quit; asks first while an answer is running."""
+        if self.consultation.running is None:
+            self.exit()
+        elif not isinstance(self.screen, ConfirmScreen):
+            question = "正在回答。停止并退出吗？\n当前对话不会保存。"
+            self.push_screen(ConfirmScreen(question, "退出"), self._quit_if)
+
+    def action_help_quit(self) -> None:
+        """Ctrl+C does not quit; say what does."""
+        self.consultation.show_hint("按 Ctrl+Q 退出")
+
+    def _quit_if(self, confirmed: bool | None) -> None:
+        if confirmed:
+            self.exit()
+
+    def on_unmount(self) -> None:
+        """Let waiting threads go: closing the engine ends loading and generating."""
+        if self.consultation.session is not None:
+            self.consultation.session.consultation.stop()
+        self._opener.close()
+
+
+def run(model_path: Path | None, task: Task, mode: Mode | None, *, ascii_only: bool = False) -> int:
+    """Run the consultation until the user quits.
+
+    Returns 0, or 2 when the model could not be opened and the user gave up.
+    """
+    app = ConsultationApp(ModelOpener(model_path, task, mode), task=task, mode=mode, ascii_only=ascii_only)
+    app.run()
+    return app.return_code or (2 if app.consultation.load_failed else 0)

@@ -1,0 +1,254 @@
+"""Search over the cards: SQLite FTS5 on character tokens, names, lay symptoms and the section asked for.
+
+A question is scored against every section of every card (a *passage*). Three kinds of evidence add up: a name of the
+card in the question, the wording (bm25 over adjacent character pairs), and how clearly the question or the task
+asks for the section. All numbers that weigh them stand in `SearchWeights`.
+"""
+
+from __future__ import annotations
+
+import math
+import sqlite3
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tui.library.cards import CARDS, Card, Source, load_cards
+from tui.library.words import bigrams, normalise, spaced, vocabulary
+
+
+@dataclass(frozen=True)
+class Passage:
+    """One section of one card, as found for a question; `number` is its number in the prompt (1..n)."""
+
+    number: int
+    card_id: str
+    title: str
+    section: str
+    sentences: tuple[str, ...]
+    sources: tuple[Source, ...]
+    red_flags: tuple[str, ...]
+    score: float
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """Passages for the prompt, the best card ids in order, and the confidence (0..1) of being in scope."""
+
+    passages: tuple[Passage, ...]
+    cards: tuple[str, ...]
+    confidence: float
+
+
+@dataclass(frozen=True)
+class SearchWeights:
+    """What each kind of evidence counts; to be tuned on a development set, never on the test set."""
+
+    # bm25 columns
+    column_names: float = 6.0
+    column_symptoms: float = 5.0
+    column_section: float = 1.0
+    column_body: float = 1.0
+    # combined score of a passage (wording is scaled to 0..1 within a question)
+    wording: float = 1.0
+    symptom: float = 0.6  # best lay symptom phrase: share of it that the question contains
+    named: float = 1.5  # a name of the card stands in the question ...
+    named_floor: float = 0.4  # ... times at least this, when the name is a word that many cards use
+    intent: float = 0.5
+    prior: float = 0.2
+    repeat: float = 0.7  # taken off for each passage already chosen from the same card ...
+    repeat_named: float = 0.2  # ... when its name stands in the question
+    # confidence: a logistic function
+    bias: float = -3.2
+    sure_named: float = 2.5
+    sure_cover: float = 4.5  # share of the question's information that the best card knows
+    sure_symptom: float = 1.5
+    sure_child: float = 0.8
+    sure_foreign: float = -3.5
+
+
+class Library:
+    """All cards in memory and the index over them."""
+
+    def __init__(self, cards: dict[str, Card], weights: SearchWeights | None = None) -> None:
+        self.cards = cards
+        self.weights = weights or SearchWeights()
+        self._rows = [(card, heading) for card in cards.values() for heading in card.sections]
+        self._names: dict[str, set[str]] = defaultdict(set)  # normalised name -> card ids
+        self._phrases: list[tuple[str, set[str]]] = []  # (card id, bigrams of one lay symptom)
+        self._knows: dict[str, set[str]] = defaultdict(set)  # bigram -> ids of the cards that contain it
+        for card in cards.values():
+            for name in card.names:
+                self._names[normalise(name)].add(card.id)
+            self._phrases += [(card.id, bigrams(normalise(symptom))) for symptom in card.symptoms]
+            texts = [*card.names, *card.symptoms, *card.red_flags]
+            for bigram in bigrams(normalise("，".join(texts + ["".join(s) for s in card.sections.values()]))):
+                self._knows[bigram].add(card.id)
+        self._index = self._build()
+
+    @classmethod
+    def load(cls, folder: Path | None = None, weights: SearchWeights | None = None) -> Library:
+        """Read every card of a folder (default: the shipped cards); raises LibraryError."""
+        return cls(load_cards(folder or CARDS), weights)
+
+    def passage(self, card_id: str, section: str, number: int = 1, score: float = 0.0) -> Passage:
+        """One section of a card as a passage; raises KeyError when there is none."""
+        card = self.cards[card_id]
+        sources = card.citations[section] or card.sources
+        return Passage(
+            number, card.id, card.title, section, card.sections[section], sources, card.red_flags, score
+        )
+
+    def search(self, question: str, limit: int = 3, *, task: str = "knowledge") -> SearchResult:
+        """The best passages for a question (of one consultation task), numbered from 1 in order of score."""
+        words, weights = vocabulary(), self.weights
+        text = normalise(question)
+        asked = words.informative(text)
+        named = self._named(text, asked)
+        symptom = self._symptoms(asked)
+        wording = self._wording(asked)
+        evidence = {
+            card: weights.named * named.get(card, 0.0) + weights.symptom * symptom.get(card, 0.0)
+            for card in self.cards
+        }
+        intent, prior = words.intent(text), words.prior(task)
+        if any(intent.values()) and task == "knowledge":
+            prior = {}
+        scores: dict[tuple[str, str], float] = {}
+        for row, (card, heading) in enumerate(self._rows):
+            base = evidence[card.id] + weights.wording * wording.get(row, 0.0)
+            if base > 0:
+                wanted = weights.intent * intent.get(heading, 0.0) + weights.prior * prior.get(heading, 0.0)
+                scores[card.id, heading] = base + wanted
+        best: dict[str, float] = {}
+        for (card_id, _), score in scores.items():
+            best[card_id] = max(score, best.get(card_id, 0.0))
+        cards = tuple(sorted(best, key=lambda card_id: (-best[card_id], card_id))[:3])
+        passages = tuple(
+            self.passage(card_id, heading, number, round(score, 4))
+            for number, (card_id, heading, score) in enumerate(self._choose(scores, named, limit), 1)
+        )
+        confidence = self._confidence(text, asked, named, symptom, cards)
+        return SearchResult(passages, cards, round(confidence, 4))
+
+    def _build(self) -> sqlite3.Connection:
+        index = sqlite3.connect(":memory:", check_same_thread=False)
+        index.execute(
+            "CREATE VIRTUAL TABLE passage USING fts5"
+            "(names, symptoms, section, body, tokenize='unicode61 remove_diacritics 0')"
+        )
+        sections = vocabulary().sections
+        index.executemany(
+            "INSERT INTO passage(rowid, names, symptoms, section, body) VALUES (?, ?, ?, ?, ?)",
+            (
+                (
+                    row,
+                    # "x" keeps the last character of one phrase and the first of the next apart
+                    " x ".join(map(spaced, card.names)),
+                    " x ".join(map(spaced, card.symptoms)),
+                    " x ".join(map(spaced, [heading, *map(str, sections[heading]["words"])])),
+                    spaced("".join(card.sections[heading])),
+                )
+                for row, (card, heading) in enumerate(self._rows)
+            ),
+        )
+        return index
+
+    def _wording(self, asked: set[str]) -> dict[int, float]:
+        """Row number -> bm25 of the question's bigrams, scaled so that the best row has 1."""
+        if not asked:
+            return {}
+        weights = self.weights
+        columns = (weights.column_names, weights.column_symptoms, weights.column_section, weights.column_body)
+        query = " OR ".join(f'"{spaced(bigram)}"' for bigram in sorted(asked))
+        found = self._index.execute(
+            "SELECT rowid, -bm25(passage, ?, ?, ?, ?) FROM passage WHERE passage MATCH ?", (*columns, query)
+        ).fetchall()
+        best = max((score for _, score in found), default=0.0)
+        return {row: score / best for row, score in found} if best > 0 else {}
+
+    def _named(self, text: str, asked: set[str]) -> dict[str, float]:
+        """Card id -> 0..1 for each name standing in the question; a name inside a longer name does not count."""
+        spans = [
+            (start, start + len(name), name)
+            for name in self._names
+            for start in _occurrences(name, text)
+        ]
+        found: dict[str, float] = {}
+        for start, end, name in spans:
+            if any(a <= start and end <= b and b - a > end - start for a, b, _ in spans):
+                continue
+            # A word most cards use (发热) tells little, unless it is all the question says.
+            pairs = bigrams(name)
+            rare = self._information(pairs) / len(pairs) if len(name) > 1 and pairs else 0.0
+            whole = len(asked & pairs) / len(asked) if asked else 1.0
+            strength = max(self.weights.named_floor, rare, whole)
+            for card_id in self._names[name]:
+                found[card_id] = max(strength, found.get(card_id, 0.0))
+        return found
+
+    def _symptoms(self, asked: set[str]) -> dict[str, float]:
+        """Card id -> 0..1: the largest share of one of its lay symptom phrases that the question contains."""
+        found: dict[str, float] = {}
+        for card_id, phrase in self._phrases:
+            if common := len(phrase & asked):
+                found[card_id] = max(common / len(phrase), found.get(card_id, 0.0))
+        return found
+
+    def _rarity(self, bigram: str) -> float:
+        """0 for a bigram that every card contains, 1 for one that no card contains."""
+        return math.log((1 + len(self.cards)) / (1 + len(self._knows.get(bigram, ())))) / math.log(1 + len(self.cards))
+
+    def _information(self, words: Iterable[str]) -> float:
+        """How much a set of bigrams tells: the sum of their rarities."""
+        return sum(map(self._rarity, words))
+
+    def _choose(
+        self, scores: dict[tuple[str, str], float], named: dict[str, float], limit: int
+    ) -> list[tuple[str, str, float]]:
+        """Greedy choice; each further passage of the same card must beat the others by `repeat`."""
+        weights = self.weights
+        cost = {card: weights.repeat_named if card in named else weights.repeat for card in self.cards}
+        taken: dict[str, int] = defaultdict(int)
+        chosen: list[tuple[str, str, float]] = []
+        rest = dict(scores)
+        while rest and len(chosen) < limit:
+            key = max(rest, key=lambda item: (rest[item] - cost[item[0]] * taken[item[0]], item))
+            chosen.append((*key, rest.pop(key)))
+            taken[key[0]] += 1
+        return chosen
+
+    def _confidence(
+        self,
+        text: str,
+        asked: set[str],
+        named: dict[str, float],
+        symptom: dict[str, float],
+        cards: tuple[str, ...],
+    ) -> float:
+        """0..1: how sure it is that the library can answer (name, known wording, child, foreign words)."""
+        words, weights = vocabulary(), self.weights
+        known = [self._information(b for b in asked if card in self._knows.get(b, ())) for card in cards]
+        cover = max(known, default=0.0) / max(self._information(asked), 1.0)
+        logit = (
+            weights.bias
+            + weights.sure_named * max(named.values(), default=0.0)
+            + weights.sure_cover * cover
+            + weights.sure_symptom * max(symptom.values(), default=0.0)
+            + weights.sure_child * words.about_child(text)
+            + weights.sure_foreign * words.foreign_words(text)
+        )
+        return 1.0 / (1.0 + math.exp(-logit)) if cards else 0.0
+
+
+def _occurrences(name: str, text: str) -> list[int]:
+    """Where a name stands in a text; an ASCII name (RSV) only as a whole word."""
+    found, start = [], text.find(name)
+    while start >= 0:
+        before, after = text[start - 1 : start], text[start + len(name) : start + len(name) + 1]
+        glued = name.isascii() and any(c.isascii() and c.isalnum() for c in before + after)
+        if not glued:
+            found.append(start)
+        start = text.find(name, start + 1)
+    return found

@@ -1,0 +1,1 @@
+"""The screens: the consultation, the help and the question before something is lost."""

@@ -1,0 +1,1 @@
+"""The parts of the consultation screen, from the banner down to the composer."""
