@@ -2,8 +2,9 @@
 
     python docs/make_screenshot.py [--size 120x36] [--question TEXT] [--model FILE.gguf]
 
-Asks one question of the embedded model (or --model) in the app itself, without a terminal. The PNG needs `rsvg-convert`
-and a Chinese font (Debian: apt-get install librsvg2-bin fonts-noto-cjk); without it only the SVG is written.
+Asks one question of the embedded model (or --model) in the app itself, without a terminal. The PNG needs
+`rsvg-convert` and a Chinese font (Debian: apt-get install librsvg2-bin fonts-noto-cjk); without it only the
+SVG is written.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from tui.consultation import Task
 from tui.screens.session import ModelOpener, Opener
 
 QUESTION = "我家孩子两岁半，手心脚心起红点，嘴疼不肯吃饭，是手足口病吗？在家怎么护理？"
-FONTS = "'DejaVu Sans Mono', Menlo, Consolas, 'Noto Sans Mono CJK SC', 'PingFang SC', 'Microsoft YaHei', monospace"
+FONTS = "'DejaVu Sans Mono', Menlo, Consolas, 'Noto Sans Mono CJK SC', 'PingFang SC', monospace"
 CELL = 12.2  # width of one cell in the coordinates of Textual's SVG
 
 
@@ -37,14 +38,19 @@ def terminal_svg(svg: str) -> str:
     """
 
     def in_cells(match: re.Match[str]) -> str:
-        head, start, tail, text = match.group(1), float(match.group(2)), match.group(3), unescape(match.group(4))
+        head, start, tail, text = (
+            match.group(1),
+            float(match.group(2)),
+            match.group(3),
+            unescape(match.group(4)),
+        )
         parts: list[str] = []
         cells = 0
-        for run in re.findall(r"[\x20-\x7e\xa0]+|.", text):
-            text, blank = run.lstrip(), len(run) - len(run.lstrip())
-            if text:
-                x = start + (cells + blank) * CELL
-                parts.append(f'<tspan x="{x:.1f}" font-size="{_size(text)}">{escape(text.rstrip())}</tspan>')
+        for run in re.findall(r"[\x20-\x7e\xa0]+|.", unescape(text)):
+            word, blank = run.lstrip(), len(run) - len(run.lstrip())
+            if word:
+                at = start + (cells + blank) * CELL
+                parts.append(f'<tspan x="{at:.1f}" font-size="{_size(word)}">{escape(word.rstrip())}</tspan>')
             cells += cell_len(run)
         return f"<text{head}{tail}>{''.join(parts)}</text>"
 

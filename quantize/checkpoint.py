@@ -75,7 +75,11 @@ class Checkpoint:
         missing = sorted(set(planned) - set(self.tensors))
         extra = sorted(set(self.tensors) - set(planned))
         twice = sorted({name for name in planned if planned.count(name) > 1})
-        for problem, names in (("is missing", missing), ("is not known", extra), ("would be used twice", twice)):
+        for problem, names in (
+            ("is missing", missing),
+            ("is not known", extra),
+            ("would be used twice", twice),
+        ):
             if names:
                 more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
                 raise BadInput(

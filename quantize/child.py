@@ -92,8 +92,9 @@ def redirect_log(llama_cpp: Any, heard: Callable[[str], None]) -> Any:
 
 
 def _end_with_parent() -> None:
-    # The pipe closes when the parent ends in whatever way, kill -9 included.
-    sys.stdin.buffer.read()
+    # The pipe closes when the parent ends in whatever way, kill -9 included. Not through sys.stdin: its lock,
+    # held by this thread, would abort the interpreter when it ends.
+    os.read(0, 1)
     os._exit(1)
 
 

@@ -44,7 +44,11 @@ def main(argv: list[str]) -> int:
     try:
         from quantize import export
     except ModuleNotFoundError as error:
-        console.print(f"Exporting needs the package {error.name}: pip install 'pediatricsgpt[quantize]'.", style="red", markup=False)
+        console.print(
+            f"Exporting needs the package {error.name}: pip install 'pediatricsgpt[quantize]'.",
+            style="red",
+            markup=False,
+        )
         return 2
     options = export.Options(
         run=arguments.run,
@@ -61,7 +65,11 @@ def main(argv: list[str]) -> int:
         console.print(str(error), style="red", markup=False, highlight=False)
         return 2
     except ModuleNotFoundError as error:
-        console.print(f"Exporting needs the package {error.name}: pip install 'pediatricsgpt[quantize]'.", style="red", markup=False)
+        console.print(
+            f"Exporting needs the package {error.name}: pip install 'pediatricsgpt[quantize]'.",
+            style="red",
+            markup=False,
+        )
         return 2
     except KeyboardInterrupt:
         console.print("Stopped; nothing was left under a final name.", style="yellow")
@@ -84,7 +92,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder made by `pediatricsgpt train` (runs/NAME)")
-    parser.add_argument("--quant", action="append", choices=QUANTS, help="type of the weights; repeatable (default: Q8_0)")
+    parser.add_argument(
+        "--quant", action="append", choices=QUANTS, help="type of the weights; repeatable (default: Q8_0)"
+    )
     parser.add_argument(
         "--merge", choices=MERGES, default="usage",
         help="what stands for the token-dependent gates: their mean on the calibration dialogues (usage, the default), "
@@ -93,7 +103,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="distribution folder (default: dist/NAME)")
     parser.add_argument("--name", type=_name, help="name of the model and its files (default: the run's name)")
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object on standard output")
-    parser.add_argument("--force", action="store_true", help="replace an export that is already there, once all checks hold")
+    parser.add_argument(
+        "--force", action="store_true", help="replace an export that is already there, once all checks hold"
+    )
     return parser.parse_args(argv)
 
 
@@ -118,7 +130,7 @@ def _progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
 
 
 def _show(report: dict[str, Any], folder: Path, report_file: Path) -> None:
-    from quantize.distribution import merge_sentence
+    from quantize.merging import merge_sentence
 
     console = Console()
     table = Table(title=f"{report['name']}: checks", title_justify="left")
@@ -128,7 +140,13 @@ def _show(report: dict[str, Any], folder: Path, report_file: Path) -> None:
         mark = "reported" if gate["limit"] is None else "ok" if gate["passed"] else "FAILED"
         style = "red" if mark == "FAILED" else None
         table.add_row(
-            gate["name"], gate["file"], _cell(gate["value"]), _cell(gate["limit"]), mark, gate["detail"], style=style
+            gate["name"],
+            gate["file"],
+            _cell(gate["value"]),
+            _cell(gate["limit"]),
+            mark,
+            gate["detail"],
+            style=style,
         )
     console.print(table)
     console.print(merge_sentence(report["merge"]), highlight=False)

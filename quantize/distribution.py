@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize import chat
+from quantize.merging import merge_sentence
 from quantize.run_folder import RunFolder, file_sha256
 
 _PACKAGES = ("pediatricsgpt", "torch", "transformers", "peft", "gguf", "llama-cpp-python", "numpy")
@@ -26,6 +27,7 @@ class Export:
     report: dict[str, Any]
     chat_template: str
     eos: str
+    nfc: bool
     parameters: int
 
 
@@ -82,9 +84,9 @@ def _versions() -> dict[str, str]:
 
 
 def _modelfile(export: Export) -> str:
-    smallest = min(export.files.values(), key=lambda path: path.stat().st_size)
+    first = next(iter(export.files.values()))
     system = export.run.prompts["system_prompt"] + next(iter(export.run.prompts["task_prompts"].values()))
-    lines = [f"FROM ./{smallest.name.removesuffix('.part')}"]
+    lines = [f"FROM ./{first.name.removesuffix('.part')}"]
     if chat.is_chatml(export.chat_template):
         lines.append(
             'TEMPLATE """{{- range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n'
@@ -113,8 +115,11 @@ def _model_card(export: Export) -> str:
             )
         )
     warning = (
-        "**This is a demonstration model. It is not for clinical use.** 这是演示模型，不能用于看病。\n\n" if demonstration else ""
+        "**This is a demonstration model. It is not for clinical use.** 这是演示模型，不能用于看病。\n\n"
+        if demonstration
+        else ""
     )
+    nfc = "- Text must be Unicode NFC before it is tokenised; llama.cpp does not normalise it.\n" if export.nfc else ""
     return (
         "---\nlicense: apache-2.0\nlanguage:\n- zh\ntags:\n- pediatrics\n- gguf\n---\n\n"
         f"# {export.name}\n\n{warning}"
@@ -132,23 +137,12 @@ def _model_card(export: Export) -> str:
         "- It does not replace examination by a doctor. 危险信号请立即就医。\n"
         f"- The figures above were measured on fixed texts and on {merge['dialogues']} calibration dialogues of the "
         "training run, not on held-out data or patients.\n"
-        "- Text must be Unicode NFC before it is tokenised; llama.cpp does not normalise it.\n\n"
+        f"{nfc}\n"
         "## Use\n\n"
         f"```\npediatricsgpt --model {rows[0][0]}\nollama create {export.name.lower()} -f Modelfile\n"
         "sha256sum -c SHA256SUMS\n```\n\n"
         "## Licence\n\nApache-2.0.\n"
     )
-
-
-def merge_sentence(merge: dict[str, Any]) -> str:
-    """The measured cost of merging as one sentence."""
-    figures = (
-        f"Loss in nats per assistant token on {merge['dialogues']} calibration dialogues ({merge['tokens']} tokens): "
-        f"base {merge['nll_base']:.4f}, merged ({merge['method']}) {merge['nll_merged']:.4f}, live experts {merge['nll_live']:.4f}."
-    )
-    if merge["kept"] is None:
-        return f"{figures} The experts gained nothing over the base, so there is no gain to keep."
-    return f"{figures} Merging kept {merge['kept']:.1%} of the experts' gain."
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -20,7 +20,6 @@ from quantize.checkpoint import Tensors
 from quantize.errors import BadInput
 from quantize.run_folder import read_object
 
-METHODS = ("usage", "uniform", "universal")
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.mue_(?P<part>A|B|route|noise)\.weight")
 _PARTS = {"A", "B", "route", "noise"}
 

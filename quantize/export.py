@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from quantize import architectures, distribution, header, quantizer, tokenizer, writer
+from quantize import architectures, distribution, header, publishing, quantizer, tokenizer, writer
 from quantize.architectures import Value
 from quantize.checkpoint import Checkpoint
-from quantize.errors import BadInput
 from quantize.experts import Adapter, Merge
 from quantize.fidelity import REFERENCE, Expected, Fidelity, Gate
+from quantize.merging import measure_merge
+from quantize.reference import Reference, collect, logits_bytes
 from quantize.run_folder import RunFolder
-
-_WORK = ".quantize.part"
-_LOCK = ".quantize.lock"
-# Bytes per weight, for the disk check; K-quants may fall back to 8-bit blocks for narrow matrices.
-_BYTES = {"F32": 4.0, "F16": 2.0, "BF16": 2.0, "Q8_0": 1.07, "Q6_K": 1.07, "Q5_K_M": 1.0, "Q4_K_M": 1.0, "IQ4_XS": 0.8, "Q4_0": 0.8}
-_SPARE_BYTES = 64 << 20
-_MIN_GAIN = 1e-4  # nats; below this the experts' gain is rounding, and a share of it means nothing
 
 # (what is being done, done, total)
 Progress = Callable[[str, int, int], None]
@@ -61,7 +50,7 @@ def export(options: Options, progress: Progress) -> Result:
     name = options.name or run.name
     output = options.output or Path("dist") / name
     targets = {quant: output / distribution.file_name(name, quant) for quant in options.quants}
-    _refuse_overwriting(output, list(targets.values()), options.force)
+    publishing.refuse_overwriting(output, list(targets.values()), options.force)
     checkpoint = Checkpoint(run.checkpoint)
     architecture = architectures.for_config(checkpoint.config)
     plans = architecture.plan(checkpoint.config)
@@ -70,20 +59,26 @@ def export(options: Options, progress: Progress) -> Result:
     adapter.check(plans)
     vocabulary = tokenizer.read(run.checkpoint, checkpoint.config["vocab_size"])
     hyper_parameters = architecture.metadata(checkpoint.config)
-    parameters = sum(_elements(plan.shape) for plan in plans)
-    with _disk_failures(output), _work_folder(output) as work:
-        _refuse_full_disk(output, parameters, options.quants)
+    parameters = sum(math.prod(plan.shape) for plan in plans)
+    with publishing.disk_failures(output), publishing.work_folder(output) as work:
+        publishing.refuse_full_disk(
+            output, parameters, {REFERENCE, *options.quants}, logits_bytes(len(vocabulary.tokens))
+        )
         inputs = run.inputs()
-        merge, merge_report, reference = _measure(run, adapter, vocabulary, options.merge, work, progress)
+        merge, merge_report, truth = _measure(run, adapter, vocabulary, options.merge, parameters, work, progress)
         expected = Expected(
-            {**hyper_parameters, **vocabulary.metadata(), **_contract(run, name, merge_report, inputs, parameters)},
+            {
+                **hyper_parameters,
+                **vocabulary.metadata(),
+                **_contract(run, name, merge_report, inputs, parameters),
+            },
             architecture.NAME,
             plans,
             vocabulary,
         )
         weights = writer.Weights(checkpoint.tensors, merge)
         by_name = {plan.name: plan for plan in plans}
-        fidelity = Fidelity(reference, expected, work)
+        fidelity = Fidelity(truth, expected, work)
         gates: list[Gate] = []
         files: dict[str, Path] = {}
         for quant in (REFERENCE, *(q for q in options.quants if q != REFERENCE)):
@@ -100,52 +95,55 @@ def export(options: Options, progress: Progress) -> Result:
         wanted = {quant: files[quant] for quant in options.quants if quant in files}
         report = _report(name, gates, merge_report, wanted)
         if not report["passed"]:
-            return Result(output, _keep_report(output, report), report)
+            return Result(output, publishing.keep_report(output, report), report)
         made = distribution.Export(
-            name, run, inputs, wanted, report, vocabulary.chat_template, vocabulary.tokens[vocabulary.eos], parameters
+            name,
+            run,
+            inputs,
+            wanted,
+            report,
+            vocabulary.chat_template,
+            vocabulary.tokens[vocabulary.eos],
+            vocabulary.nfc,
+            parameters,
         )
         documents = distribution.write_documents(made, work)
-        _publish(output, {targets[q]: path for q, path in wanted.items()} | {output / d: work / d for d in documents})
+        publishing.publish(
+            output,
+            {targets[q]: path for q, path in wanted.items()} | {output / d: work / d for d in documents},
+        )
         return Result(output, output / "fidelity.json", report)
 
 
 def _measure(
-    run: RunFolder, adapter: Adapter, vocabulary: tokenizer.Vocabulary, method: str, work: Path, progress: Progress
-) -> tuple[Merge, dict[str, Any], Any]:
-    from quantize import reference
-    from quantize.live import Live
+    run: RunFolder,
+    adapter: Adapter,
+    vocabulary: tokenizer.Vocabulary,
+    method: str,
+    parameters: int,
+    work: Path,
+    progress: Progress,
+) -> tuple[Merge, dict[str, Any], Reference]:
+    """The part that needs torch: gates, cost of merging, and the outputs every file is compared with."""
+    from quantize.live import Live, suitable_threads
 
     progress("Loading the live model", 0, 1)
-    live = Live(run.checkpoint, run.adapter)
-    progress("Loading the live model", 1, 1)
-    dialogues = live.tokenise(run.calibration)
-
-    def counter(label: str) -> Callable[[], None]:
-        done = iter(range(1, len(dialogues) + 1))
-        return lambda: progress(label, next(done), len(dialogues))
-
-    usage, nll_live = live.measure(dialogues, counter("Measuring gates and live experts"))
-    nll_base = live.base_loss(dialogues, counter("Measuring the base model"))
-    merge = Merge(adapter, method, usage)
-    live.fold(merge)
-    nll_merged = live.base_loss(dialogues, counter("Measuring the merged model"))
-    gain = nll_base - nll_live
-    report = {
-        "method": method,
-        "nll_base": nll_base,
-        "nll_merged": nll_merged,
-        "nll_live": nll_live,
-        "gain": gain,
-        "kept": (nll_base - nll_merged) / gain if gain > _MIN_GAIN else None,
-        "dialogues": len(dialogues),
-        "tokens": sum(sum(dialogue.assistant[1:]) for dialogue in dialogues),
-    }
-    truth = reference.collect(live, run, vocabulary, work / "hf", _labelled(progress, "Running the reference"))
+    with suitable_threads(parameters):
+        live = Live(run.checkpoint, run.adapter)
+        progress("Loading the live model", 1, 1)
+        merge, report = measure_merge(live, adapter, run, method, progress)
+        truth = collect(live, run, vocabulary, work / "hf", _labelled(progress, "Running the reference"))
     return merge, report, truth
 
 
 def _make(
-    path: Path, quant: str, reference: Path, expected: Expected, weights: writer.Weights, work: Path, progress: Progress
+    path: Path,
+    quant: str,
+    reference: Path,
+    expected: Expected,
+    weights: writer.Weights,
+    work: Path,
+    progress: Progress,
 ) -> None:
     if quant not in writer.DIRECT:
         quantizer.quantize(reference, path, quant, work, _labelled(progress, f"Quantizing {quant}"))
@@ -199,102 +197,5 @@ def _report(name: str, gates: list[Gate], merge: dict[str, Any], files: dict[str
     }
 
 
-def _keep_report(output: Path, report: dict[str, Any]) -> Path:
-    # An earlier good export keeps its own report: this one is about files that were thrown away.
-    file = output / ("fidelity-failed.json" if (output / "manifest.json").exists() else "fidelity.json")
-    part = file.with_name(f"{_WORK}/{file.name}")
-    distribution.write_json(part, report)
-    os.replace(part, file)
-    return file
-
-
-def _publish(output: Path, files: dict[Path, Path]) -> None:
-    """Moves finished files to their final names, the checksums last; removes what an earlier export alone had."""
-    for part in files.values():
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())
-    stale = {output / name for name in _outputs(output)} - set(files)
-    for name in ("SHA256SUMS", "manifest.json", "fidelity-failed.json"):
-        (output / name).unlink(missing_ok=True)
-    for final, part in files.items():
-        os.replace(part, final)
-    for file in stale:
-        file.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # Windows cannot open a folder; there the rename is durable enough
-        folder = os.open(output, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-
-
-def _outputs(output: Path) -> list[str]:
-    try:
-        names = json.loads((output / "manifest.json").read_text(encoding="utf-8"))["outputs"]
-        return [name for name in names if Path(name).name == name]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
-
-
-def _refuse_overwriting(output: Path, targets: list[Path], force: bool) -> None:
-    if output.exists() and not output.is_dir():
-        raise BadInput(f"{output} is a file; choose a folder with --output.")
-    if force:
-        return
-    for path in (output / "manifest.json", *targets):
-        if path.exists():
-            raise BadInput(f"{output} already holds an export ({path.name}); replace it with --force or choose --output.")
-
-
-def _refuse_full_disk(output: Path, parameters: int, quants: tuple[str, ...]) -> None:
-    needed = int(parameters * sum(_BYTES[quant] for quant in {REFERENCE, *quants})) + _SPARE_BYTES
-    free = shutil.disk_usage(output).free
-    if free < needed:
-        raise BadInput(
-            f"The disk of {output} has {free / 2**30:.2f} GiB free, this export needs {needed / 2**30:.2f} GiB; "
-            "free some space, choose another --output, or fewer --quant."
-        )
-
-
-@contextlib.contextmanager
-def _work_folder(output: Path) -> Iterator[Path]:
-    """A folder beside the final files, emptied of what a killed run left, and removed at the end."""
-    created = not output.exists()
-    output.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(output / _LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise BadInput(f"Another export is writing to {output}; wait for it or choose another --output.") from error
-    work = output / _WORK
-    try:
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir()
-        yield work
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-        lock.release()
-        (output / _LOCK).unlink(missing_ok=True)
-        if created and not any(output.iterdir()):
-            output.rmdir()
-
-
-@contextlib.contextmanager
-def _disk_failures(output: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise BadInput(f"The disk of {output} is full; free some space or choose another --output.") from error
-        raise BadInput(f"{output} cannot be written ({error.strerror or error}); choose another --output.") from error
-    except ValueError as error:
-        raise BadInput(f"The weights cannot be exported: {error}; train the run again.") from error
-
-
 def _labelled(progress: Progress, label: str) -> Callable[[int, int], None]:
     return lambda done, total: progress(label, done, total)
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count

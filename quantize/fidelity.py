@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from quantize import chat, header, probe
 from quantize.architectures import TensorPlan, Value
@@ -23,7 +26,15 @@ REFERENCE = "F32"
 _KLD_LIMIT = {"F32": 1e-3, "F16": 1e-3, "BF16": 1e-2, "Q8_0": 0.03, "Q6_K": 0.1, "Q5_K_M": 0.2}
 _KLD_LIMIT_4_BIT = 0.6
 # Relative weight error per stored type; twice what Gaussian weights give.
-_WEIGHT_LIMIT = {"F32": 1e-6, "F16": 1e-3, "BF16": 5e-3, "Q8_0": 0.012, "Q6_K": 0.04, "Q5_1": 0.08, "Q5_0": 0.09}
+_WEIGHT_LIMIT = {
+    "F32": 1e-6,
+    "F16": 1e-3,
+    "BF16": 5e-3,
+    "Q8_0": 0.012,
+    "Q6_K": 0.04,
+    "Q5_1": 0.08,
+    "Q5_0": 0.09,
+}
 _WEIGHT_LIMIT_5_BIT, _WEIGHT_LIMIT_4_BIT = 0.08, 0.2
 
 
@@ -76,9 +87,12 @@ class Fidelity:
             gates += self._logits("hf", self._reference.folder, quant)
         else:
             gates += self._logits("f32", self._folder / REFERENCE, quant)
+            shutil.rmtree(self._folder / quant)  # its logits are as large as the vocabulary is
         return [*gates, self._weights(head, truth, quant)]
 
-    def _probe(self, head: header.Header, path: Path, quant: str, progress: Callable[[int, int], None]) -> dict[str, Any]:
+    def _probe(
+        self, head: header.Header, path: Path, quant: str, progress: Callable[[int, int], None]
+    ) -> dict[str, Any]:
         reference = self._reference
         template = head.metadata.get("tokenizer.chat_template", "")
         folder = self._folder / quant
@@ -112,10 +126,9 @@ class Fidelity:
 
     def _types(self, head: header.Header, quant: str) -> Gate:
         used = ", ".join(f"{kind}×{count}" for kind, count in head.types().items())
-        family = quant.removesuffix("_M")
-        matrices = [n for n, tensor in head.tensors.items() if len(tensor.shape) == 2]
-        other = [n for n in matrices if head.tensors[n].kind.name != family]
-        note = f"; {len(other)} of {len(matrices)} matrices are not {family}" if other else ""
+        block = GGML_QUANT_SIZES[GGMLQuantizationType[quant.removesuffix("_M")]][0]
+        narrow = sum(len(t.shape) == 2 and t.shape[1] % block != 0 for t in head.tensors.values())
+        note = f"; {narrow} matrices fell back, their rows are no multiple of {block}" if narrow else ""
         return Gate("types", quant, used, None, True, used + note)
 
     def _tokens(self, answer: dict[str, Any], quant: str) -> Gate:
@@ -128,7 +141,14 @@ class Fidelity:
         control = set(self._expected.vocabulary.control.values())
         typed = answer["strings"][len(self._reference.texts) :]
         wrong = sum(bool(control & set(ids)) for ids in typed)
-        return Gate("typed_control_text", quant, wrong, 0, not wrong, f"{len(typed)} texts with control tokens typed by a user")
+        return Gate(
+            "typed_control_text",
+            quant,
+            wrong,
+            0,
+            not wrong,
+            f"{len(typed)} texts with control tokens typed by a user",
+        )
 
     def _templates(self, answer: dict[str, Any], quant: str) -> list[Gate]:
         renderings = self._reference.renderings
@@ -137,12 +157,17 @@ class Fidelity:
         broken = 0
         for conversation in self._reference.conversations:
             grown = [next(found) for _ in conversation]
-            broken += sum(
-                later[: len(earlier)] != earlier for earlier, later in zip(grown, grown[1:], strict=False)
-            )
+            broken += sum(later[: len(earlier)] != earlier for earlier, later in itertools.pairwise(grown))
         count = len(self._reference.conversations)
         return [
-            Gate("chat_template", quant, wrong, 0, not wrong, f"{len(renderings)} renderings of {count} conversations"),
+            Gate(
+                "chat_template",
+                quant,
+                wrong,
+                0,
+                not wrong,
+                f"{len(renderings)} renderings of {count} conversations",
+            ),
             Gate("append_only", quant, broken, 0, not broken, "each turn extends the tokens of the one before"),
         ]
 
@@ -152,7 +177,8 @@ class Fidelity:
         control = set(self._expected.vocabulary.control.values())
         closed = all(next((i for i in reversed(ids) if i in control), None) == eos for ids in turns)
         good = answer["eos"] == eos and answer["eog"] and closed
-        detail = f"id {answer['eos']} ({self._expected.vocabulary.tokens[eos]}) ends generation: {answer['eog']}, ends each answer: {closed}"
+        name = self._expected.vocabulary.tokens[eos]
+        detail = f"id {answer['eos']} ({name}) ends generation: {answer['eog']}, ends each answer: {closed}"
         return Gate("eos", quant, str(good).lower(), "true", good, detail)
 
     def _generation(self, answer: dict[str, Any], quant: str) -> list[Gate]:

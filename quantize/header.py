@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 import struct
 from collections import Counter
@@ -99,7 +100,8 @@ class _Cursor:
         length = self.count("array")
         if item == _STRING:
             for _ in range(length):
-                self.position += self.count("string")
+                size = self.count("string")  # moves the position itself, so not inside the addition
+                self.position += size
         elif item in _SCALARS:
             self.position += length * struct.calcsize("<" + _SCALARS[item])
         else:
@@ -135,10 +137,7 @@ def _parse(path: Path, data: mmap.mmap) -> Header:
         shape = tuple(cursor.scalar("Q") for _ in range(dimensions))[::-1]
         kind = GGMLQuantizationType(cursor.scalar("I"))
         block, size = GGML_QUANT_SIZES[kind]
-        elements = 1
-        for dimension in shape:
-            elements *= dimension
-        places[name] = (shape, kind, cursor.scalar("Q"), elements // block * size)
+        places[name] = (shape, kind, cursor.scalar("Q"), math.prod(shape) // block * size)
     base = -(-cursor.position // _ALIGNMENT) * _ALIGNMENT
     tensors = {
         name: Tensor(shape, kind, base + offset, nbytes) for name, (shape, kind, offset, nbytes) in places.items()

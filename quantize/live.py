@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,15 @@ import numpy as np
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 import trainer.mue  # noqa: F401  (registers the adapter type with PEFT)
 from quantize.errors import BadInput
 from quantize.experts import Merge
 from quantize.run_folder import Dialogue
 
+# Below this many parameters one thread is faster: the threads would mostly wait for each other.
+SMALL = 16_000_000
 _PREFIX = "base_model.model."
 _NAME = "default"
 
@@ -32,16 +36,31 @@ class Tokenised:
     assistant: list[bool]
 
 
+@contextlib.contextmanager
+def suitable_threads(parameters: int) -> Iterator[None]:
+    """Runs a small model on one thread, and restores torch's setting afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if parameters < SMALL else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class Live:
     """Base model with its adapter; `fold` turns the base into the merged model."""
 
     def __init__(self, checkpoint: Path, adapter: Path) -> None:
+        transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
         self.tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
         base = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, local_files_only=True)
         self.model: Any = PeftModel.from_pretrained(base, adapter).eval()
         self.context: int = base.config.max_position_embeddings
         self._layers: dict[str, Any] = {
-            name.removeprefix(_PREFIX): module for name, module in self.model.named_modules() if hasattr(module, "mue_A")
+            name.removeprefix(_PREFIX): module
+            for name, module in self.model.named_modules()
+            if hasattr(module, "mue_A")
         }
 
     def chat_ids(self, messages: list[dict[str, str]], *, answer_next: bool) -> list[int]:
@@ -74,7 +93,9 @@ class Live:
     @torch.inference_mode()
     def measure(self, dialogues: list[Tokenised], progress: Callable[[], None]) -> tuple[dict[str, np.ndarray], float]:
         """Mean gates [N] of every layer over all tokens, and the live model's loss (nats per assistant token)."""
-        sums = {name: torch.zeros(layer.num_specific[_NAME], dtype=torch.float64) for name, layer in self._layers.items()}
+        sums = {
+            name: torch.zeros(layer.num_specific[_NAME], dtype=torch.float64) for name, layer in self._layers.items()
+        }
         tokens = 0
 
         def watch(name: str) -> Callable[..., None]:

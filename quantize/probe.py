@@ -6,7 +6,6 @@ the process on a malformed file.
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 
 from quantize import child
 
+_SMALL_BYTES = 64 << 20  # below, one thread is faster: several would mostly wait for each other
 _BATCH = 128  # positions per decode; bounds the logits buffer to 128 rows
 
 
@@ -56,8 +56,10 @@ class _Model:
     def __init__(self, path: str, context: int) -> None:
         import llama_cpp
 
-        self.api = llama_cpp
-        self._log = child.redirect_log(llama_cpp, lambda text: child.say(log=text.strip()) if text.strip(" .\n") else None)
+        self.api: Any = llama_cpp
+        self._log = child.redirect_log(
+            llama_cpp, lambda text: child.say(log=text.strip()) if text.strip(" .\n") else None
+        )
         llama_cpp.llama_backend_init()
         self.model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
         if not self.model:
@@ -65,10 +67,11 @@ class _Model:
         parameters = llama_cpp.llama_context_default_params()
         parameters.n_ctx = context
         parameters.n_batch = parameters.n_ubatch = _BATCH
-        parameters.n_threads = parameters.n_threads_batch = os.cpu_count() or 1
+        threads = 1 if os.path.getsize(path) < _SMALL_BYTES else os.cpu_count() or 1
+        parameters.n_threads = parameters.n_threads_batch = threads
         parameters.type_k = parameters.type_v = 0  # GGML_TYPE_F32
         parameters.flash_attn_type = 0  # disabled: its accumulation differs from the reference's
-        self.context = llama_cpp.llama_init_from_model(self.model, parameters)
+        self.context: Any = llama_cpp.llama_init_from_model(self.model, parameters)
         if not self.context:
             raise SystemExit(3)
         self.vocabulary: Any = llama_cpp.llama_model_get_vocab(self.model)
@@ -127,7 +130,7 @@ def _work(request: dict[str, Any]) -> dict[str, Any]:
     for number, prompt in enumerate(prompts, 1):
         generated.append(model.greedy(prompt, request["limit"]))
         child.say(progress=[len(sequences) + number, total])
-    eos = model.api.llama_vocab_eos(model.vocabulary)
+    eos = int(model.api.llama_vocab_eos(model.vocabulary))
     return {
         "strings": [model.tokenise(text, control=False) for text in request["strings"]],
         "segments": [
@@ -136,7 +139,7 @@ def _work(request: dict[str, Any]) -> dict[str, Any]:
         ],
         "generated": generated,
         "eos": eos,
-        "eog": bool(model.api.llama_vocab_is_eog(model.vocabulary, ctypes.c_int32(eos).value)),
+        "eog": bool(model.api.llama_vocab_is_eog(model.vocabulary, eos)),
         "vocabulary": model.size,
     }
 

@@ -46,7 +46,7 @@ def _work(request: dict[str, Any]) -> dict[str, Any]:
     parameters.nthread = 0
     parameters.max_buf_size = _BUFFER_BYTES
     code = llama_cpp.llama_model_quantize(
-        request["source"].encode(), request["target"].encode(), ctypes.byref(parameters)
+        request["source"].encode(), request["target"].encode(), ctypes.pointer(parameters)
     )
     del log
     if code != 0:

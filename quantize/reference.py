@@ -6,16 +6,20 @@ import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from quantize import strings
-from quantize.live import Live
 from quantize.run_folder import Dialogue, RunFolder
 from quantize.tokenizer import Vocabulary
 
+if TYPE_CHECKING:  # imports torch
+    from quantize.live import Live
+
 _SEQUENCES = 8  # conversations, and as many calibration dialogues, whose logits are compared
 _SEQUENCE_TOKENS = 384
+_LOGITS = 64 << 20  # at most so many logits are kept; a large vocabulary gets fewer positions
 _GREEDY = 4
 _GREEDY_TOKENS = 256
 
@@ -51,7 +55,9 @@ class Reference:
         return [rendering for conversation in self.conversations for rendering in conversation]
 
 
-def collect(live: Live, run: RunFolder, vocabulary: Vocabulary, folder: Path, progress: Callable[[int, int], None]) -> Reference:
+def collect(
+    live: Live, run: RunFolder, vocabulary: Vocabulary, folder: Path, progress: Callable[[int, int], None]
+) -> Reference:
     """Runs the merged model (`live` after `fold`) over the fixed texts and the calibration dialogues.
 
     `ends` maps a sequence to the position of its closing eos; `gaps` are the distances between the two best
@@ -93,8 +99,8 @@ def collect(live: Live, run: RunFolder, vocabulary: Vocabulary, folder: Path, pr
         sequences=sequences,
         ends={
             number: len(ids) - 1 - ids[::-1].index(vocabulary.eos)
-            for number, ids in enumerate(whole)
-            if len(ids) <= longest and vocabulary.eos in ids
+            for number, ids in enumerate(sequences)
+            if ids == whole[number] and vocabulary.eos in ids
         },
         prompts=prompts,
         generated=generated,
@@ -102,6 +108,22 @@ def collect(live: Live, run: RunFolder, vocabulary: Vocabulary, folder: Path, pr
         limit=limit,
         control=control,
     )
+
+
+def logits_bytes(vocabulary: int) -> int:
+    """Upper bound of what the compared logits of Hugging Face, the float32 file and one more file take on disk."""
+    return 3 * 4 * min(_LOGITS, 2 * _SEQUENCES * _SEQUENCE_TOKENS * vocabulary)
+
+
+def _shortened(sequences: list[list[int]], longest: int, budget: int) -> list[list[int]]:
+    """Each at most `longest`, all together at most `budget` tokens (but one sequence at least)."""
+    kept: list[list[int]] = []
+    for ids in sequences:
+        room = min(longest, budget - sum(map(len, kept)))
+        if room < 2 and kept:
+            break
+        kept.append(ids[: max(room, 2)])
+    return kept
 
 
 def _renderings(live: Live, dialogue: Dialogue) -> list[Rendering]:

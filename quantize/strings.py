@@ -65,8 +65,13 @@ def typed_control(control: list[str]) -> list[str]:
 
 
 def conversations(system: dict[str, str]) -> list[Dialogue]:
-    """24 conversations of one to four turns; `system`: the system message of each task."""
+    """24 conversations of one to four turns; `system`: the system message of each task.
+
+    No answer begins with white space: a model that writes a line break first has it merged with the one
+    of the template when the turn is read again, whatever the template.
+    """
     texts = medical_strings()
+    answers = [text for text in texts if text[0].strip()]
     tasks = sorted(system)
     result = []
     for number in range(24):
@@ -75,6 +80,6 @@ def conversations(system: dict[str, str]) -> list[Dialogue]:
         for turn in range(number % 4 + 1):
             place = (number * 13 + turn * 37) % len(texts)
             messages.append({"role": "user", "content": texts[place]})
-            messages.append({"role": "assistant", "content": texts[(place * 3 + 1) % len(texts)] + "\n"})
+            messages.append({"role": "assistant", "content": answers[(place * 3 + 1) % len(answers)] + "\n"})
         result.append(Dialogue(task, messages))
     return result

@@ -95,7 +95,9 @@ def read(folder: Path, vocab_size: int) -> Vocabulary:
     if eos is None:
         raise BadInput(f"{folder / 'tokenizer_config.json'} names no eos_token: generation would never stop.")
     if settings.get("add_bos_token"):
-        raise BadInput(f"{folder / 'tokenizer_config.json'}: add_bos_token is not supported; the chat format has no bos.")
+        raise BadInput(
+            f"{folder / 'tokenizer_config.json'}: add_bos_token is not supported; the chat format has no bos."
+        )
     return Vocabulary(
         pre=_pre_tokenizer(file, source.get("pre_tokenizer")),
         tokens=tokens,
@@ -116,7 +118,12 @@ def without_generation_tags(template: str) -> str:
     """
 
     def replace(match: re.Match[str]) -> str:
-        indent, left, right, newline = match.group(1) or "", match.group(2), match.group(3), match.group(4) or ""
+        indent, left, right, newline = (
+            match.group(1) or "",
+            match.group(2),
+            match.group(3),
+            match.group(4) or "",
+        )
         return f"{indent}{{#{left} {right}#}}{newline}" if left or right else ""
 
     return _GENERATION_TAG.sub(replace, template)
@@ -125,7 +132,10 @@ def without_generation_tags(template: str) -> str:
 def _chat_template(folder: Path, settings: dict[str, Any]) -> str:
     # Hugging Face lets the file win over the configuration; so must the export.
     file = folder / "chat_template.jinja"
-    template = file.read_text(encoding="utf-8") if file.is_file() else settings.get("chat_template")
+    try:
+        template = file.read_text(encoding="utf-8") if file.is_file() else settings.get("chat_template")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{file} is not UTF-8 ({error}); train the run again.") from error
     if not isinstance(template, str) or not template:
         raise BadInput(f"{folder} has no chat template; without one every answer would be in the wrong format.")
     return template
@@ -133,7 +143,9 @@ def _chat_template(folder: Path, settings: dict[str, Any]) -> str:
 
 def _normalizer(file: Path, normalizer: dict[str, Any] | None) -> bool:
     if normalizer is not None and normalizer.get("type") != "NFC":
-        raise BadInput(f"{file}: the normalizer {normalizer.get('type')} has no counterpart in llama.cpp; use NFC or none.")
+        raise BadInput(
+            f"{file}: the normalizer {normalizer.get('type')} has no counterpart in llama.cpp; use NFC or none."
+        )
     return normalizer is not None
 
 
@@ -168,7 +180,9 @@ def _tokens(file: Path, source: dict[str, Any], vocab_size: int) -> tuple[list[s
         control = added.get("special") or re.fullmatch(r"<\|.*\|>", added["content"])
         by_id[added["id"]] = (added["content"], _CONTROL if control else _USER)
     if not by_id or max(by_id) >= vocab_size:
-        raise BadInput(f"{file} has ids up to {max(by_id, default=-1)}, the embedding has {vocab_size} rows; they differ.")
+        raise BadInput(
+            f"{file} has ids up to {max(by_id, default=-1)}, the embedding has {vocab_size} rows; they differ."
+        )
     entries = [by_id.get(number, (f"[PAD{number}]", _UNUSED)) for number in range(vocab_size)]
     tokens = [text for text, _ in entries]
     if len(set(tokens)) != len(tokens):
@@ -177,7 +191,14 @@ def _tokens(file: Path, source: dict[str, Any], vocab_size: int) -> tuple[list[s
 
 
 def _refuse_bpe_options(file: Path, model: dict[str, Any], post_processor: dict[str, Any] | None) -> None:
-    for key in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges"):
+    for key in (
+        "dropout",
+        "unk_token",
+        "continuing_subword_prefix",
+        "end_of_word_suffix",
+        "byte_fallback",
+        "ignore_merges",
+    ):
         if model.get(key):
             raise BadInput(f"{file}: the BPE option {key}={model[key]!r} has no counterpart in llama.cpp.")
     kind = (post_processor or {}).get("type", "ByteLevel")

@@ -13,6 +13,7 @@ from gguf.quants import quantize
 
 from quantize.architectures import TensorPlan, Value
 from quantize.checkpoint import Tensors
+from quantize.errors import BadInput
 from quantize.experts import Merge
 
 # Types encoded here; everything else is llama.cpp's own quantizer's (quantizer.py).
@@ -33,13 +34,15 @@ class Weights:
         self._merge = merge
 
     def rows(self, plan: TensorPlan, start: int, stop: int) -> np.ndarray:
-        """Rows start:stop of a tensor. Raises ValueError when a merged value is not finite."""
+        """Rows start:stop of a tensor. Raises BadInput when a merged value is not finite."""
         rows = self._tensors.rows(plan.source, start, stop)
         delta = self._merge.delta_rows(plan.source.removesuffix(".weight"), start, stop)
         if delta is not None:
             rows = rows + delta
         if not np.isfinite(rows).all():
-            raise ValueError(f"{plan.source} holds values that are not finite")
+            raise BadInput(
+                f"{plan.source} holds values that are not finite; the training diverged, train the run again."
+            )
         return rows
 
 
@@ -69,7 +72,7 @@ def write(
 ) -> None:
     """Writes one GGUF of a type in `DIRECT` and syncs it to disk; `progress(done, total)` in bytes.
 
-    Raises OSError when the disk is full, ValueError when a weight is not finite.
+    Raises OSError when the disk is full, BadInput when a weight is not finite.
     """
     writer = GGUFWriter(path, architecture)
     try:
@@ -111,7 +114,7 @@ class _Stream:
         for start, stop in row_blocks(self._plan.shape):
             encoded = quantize(self._weights.rows(self._plan, start, stop), self._kind)
             # ndarray.tofile loses the reason of a failed write; file.write keeps it (disk full).
-            written += file.write(memoryview(np.ascontiguousarray(encoded)).cast("B"))
+            written += file.write(np.ascontiguousarray(encoded).view(np.uint8).data)
         if written != self.nbytes:
             raise ValueError(f"{self._plan.name}: wrote {written} bytes instead of {self.nbytes}")
 

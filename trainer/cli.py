@@ -47,12 +47,19 @@ def corpus(argv: list[str]) -> int:
         recipe = load_recipe(arguments.recipe)
         folder = arguments.output or _default_corpus(recipe)
         with console.status("building the corpus"):
-            manifest = build_corpus(recipe, folder, lambda name, count: console.print(f"  {name:<20} {count:>7} records"))
+            manifest = build_corpus(
+                recipe, folder, lambda name, count: console.print(f"  {name:<20} {count:>7} records")
+            )
     except (RecipeError, CorpusError, OSError) as error:
         return _fail(error)
     console.print(f"wrote {folder}")
     if arguments.json:
-        print(json.dumps({"folder": str(folder), "counts": manifest["counts"], "cards": manifest["cards"]}, ensure_ascii=False))
+        print(
+            json.dumps(
+                {"folder": str(folder), "counts": manifest["counts"], "cards": manifest["cards"]},
+                ensure_ascii=False,
+            )
+        )
     return 0
 
 
@@ -89,7 +96,9 @@ def train(argv: list[str]) -> int:
         console.print(f"Stopped. `pediatricsgpt train {arguments.recipe}` continues from the last checkpoint.")
         return 130
     for stage, result in run.record["stages"].items():
-        console.print(f"{stage.upper():<5} {result['steps']:>6} steps  loss {result['loss']:.3f}  {result['seconds']:>7.1f} s")
+        console.print(
+            f"{stage.upper():<5} {result['steps']:>6} steps  loss {result['loss']:.3f}  {result['seconds']:>7.1f} s"
+        )
     console.print(f"wrote {folder}; next: pediatricsgpt quantize {folder}")
     if arguments.json:
         print(json.dumps({"folder": str(folder), "stages": run.record["stages"]}))

@@ -7,16 +7,26 @@ import os
 import random
 import shutil
 import subprocess
+import warnings
 from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from peft import PeftModel
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    set_seed,
+)
 from transformers import logging as transformers_logging
 
 from trainer import prompts
@@ -29,7 +39,7 @@ from trainer.stages.common import Watch, fit, progress_bars
 from trainer.stages.cpt import cpt_trainer
 from trainer.stages.dfpo import dfpo_trainer
 from trainer.stages.sft import sft_trainer
-from trainer.tokenizer import train_tokenizer
+from trainer.tokenizer import token_id, train_tokenizer
 
 STAGES = {"cpt": "1-cpt", "sft": "2-sft", "dfpo": "3-dfpo", "mue": "4-mue"}
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "tokenizers")
@@ -55,7 +65,7 @@ class Run:
 
         Raises Interrupted after Ctrl-C, RunError when the folder belongs to another recipe.
         """
-        transformers_logging.set_verbosity_error()
+        _quieten_libraries()
         self._open()
         tokenizer = self._tokenizer()
         previous: Path | None = None
@@ -82,7 +92,7 @@ class Run:
             self.record = json.loads(file.read_text(encoding="utf-8"))
             if (self.record["recipe"], self.record["corpus_sha256"]) != (recipe, corpus_sha256):
                 raise RunError(
-                    f"{self.folder} was made with another recipe or corpus. Give another --output, or remove the folder."
+                    f"{self.folder} was made with another recipe or corpus. Give another --output or remove the folder."
                 )
             done = ", ".join(self.record["stages"]) or "none"
             self.console.print(f"Continuing {self.folder} (stages done: {done})")
@@ -96,7 +106,11 @@ class Run:
             "seed": self.recipe.seed,
             "versions": {package: version(package) for package in _PACKAGES},
             "git_commit": _git_commit(),
-            "hardware": {"cpus": os.cpu_count(), "gpus": torch.cuda.device_count(), "threads": torch.get_num_threads()},
+            "hardware": {
+                "cpus": os.cpu_count(),
+                "gpus": torch.cuda.device_count(),
+                "threads": torch.get_num_threads(),
+            },
             "stages": {},
         }
         shutil.copyfile(prompts.PROMPTS_FILE, self.folder / "prompts.json")
@@ -130,7 +144,12 @@ class Run:
         return AutoTokenizer.from_pretrained(folder)
 
     def _stage(
-        self, stage: str, previous: Path | None, target: Path, tokenizer: PreTrainedTokenizerFast, watch: Watch
+        self,
+        stage: str,
+        previous: Path | None,
+        target: Path,
+        tokenizer: PreTrainedTokenizerFast,
+        watch: Watch,
     ) -> dict[str, Any]:
         checkpoints = self.folder / "checkpoints" / stage
         recipe, stages = self.recipe, self.recipe.stages
@@ -152,7 +171,7 @@ class Run:
     def _save(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerFast, target: Path) -> None:
         part = target.with_name(target.name + ".part")
         shutil.rmtree(part, ignore_errors=True)
-        model.save_pretrained(part)
+        model.save_pretrained(str(part))
         if not isinstance(model, PeftModel):
             tokenizer.save_pretrained(part)
         shutil.rmtree(target, ignore_errors=True)
@@ -175,8 +194,8 @@ def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCau
             max_position_embeddings=shape.context,
             tie_word_embeddings=True,
             bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=token_id(tokenizer, "<|im_end|>"),
+            pad_token_id=token_id(tokenizer, "<|endoftext|>"),
         )
     )
 
@@ -188,6 +207,14 @@ def _load(folder: Path) -> PreTrainedModel:
 def _mue_config(recipe: Recipe) -> MueConfig:
     stage = recipe.stages.mue
     return MueConfig(r=stage.r, alpha=stage.alpha, num_specific=stage.num_specific, task_type="CAUSAL_LM")
+
+
+def _quieten_libraries() -> None:
+    """Our progress bar replaces theirs, and their deprecation notes are ours to act on, not the user's."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def _git_commit() -> str | None:

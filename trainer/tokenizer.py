@@ -60,3 +60,8 @@ def train_tokenizer(texts: Iterable[str], recipe: TokenizerRecipe, context: int)
         model_max_length=context,
         clean_up_tokenization_spaces=False,
     )
+
+
+def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
+    """Id of one token; raises KeyError when the vocabulary lacks it."""
+    return tokenizer.get_vocab()[token]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
 from textual.app import App
-from textual.binding import Binding
+from textual.binding import Binding, BindingType
 from textual.theme import Theme
 
 from tui import wrapping
@@ -62,7 +63,7 @@ class ConsultationApp(App[None]):
     TITLE = "儿科助手"
     CSS_PATH = "app.tcss"
     ENABLE_COMMAND_PALETTE = False
-    BINDINGS = [Binding("ctrl+q", "quit", "退出", show=False, priority=True)]
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("ctrl+q", "quit", "退出", show=False, priority=True)]
 
     def __init__(
         self,
@@ -114,11 +115,20 @@ class ConsultationApp(App[None]):
         self._opener.close()
 
 
-def run(model_path: Path | None, task: Task, mode: Mode | None, *, ascii_only: bool = False) -> int:
-    """Run the consultation until the user quits.
+def run(
+    model_path: Path | None,
+    task: Task,
+    mode: Mode | None,
+    *,
+    context: int = 2048,
+    threads: int | None = None,
+    ascii_only: bool = False,
+) -> int:
+    """Run the consultation until the user quits; ``context`` in tokens, ``threads`` None for the physical cores.
 
     Returns 0, or 2 when the model could not be opened and the user gave up.
     """
-    app = ConsultationApp(ModelOpener(model_path, task, mode), task=task, mode=mode, ascii_only=ascii_only)
+    opener = ModelOpener(model_path, task, mode, context=context, threads=threads)
+    app = ConsultationApp(opener, task=task, mode=mode, ascii_only=ascii_only)
     app.run()
     return app.return_code or (2 if app.consultation.load_failed else 0)

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import math
+import re
+import time
+import unicodedata
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
-from typing import Literal
+from string import Template
+from typing import Any, Literal
 
-from tui.engine.process import Engine
-from tui.library import Library, Passage, Source
+from tui.engine.contract import ModelInfo, Phrases, Prompts
+from tui.engine.process import Engine, EngineError
+from tui.engine.quote import QuotePassage, QuoteSpec, QuoteWeights
+from tui.library import Library, Passage, SearchResult, Source
+from tui.library.support import unsupported
 
 DEMONSTRATION_NOTICE = "演示模型，仅供演示，不可用于诊疗"
+_DIAGNOSIS_TURNS = 3
+_ASKS_WHO = re.compile(
+    "你是谁|你是什么|你叫什么|你是医生|你是不是|你是个|你是人|你能看病|你会看病|你能做什么|你会什么|机器人|人工智能|[Aa][Ii]"
+)
+_ASKS_PRESCRIPTION = re.compile("开处方|开药方|开个方|开个药|开点药|开一?些药|[给帮]我开")
 StopReason = Literal["eos", "stopped", "length", "context", "error"]
 
 
@@ -88,9 +101,8 @@ class Answer:
 
     @property
     def tokens_per_second(self) -> float:
-        """Answer tokens per second after the first token."""
-        decoding = self.seconds - self.first_token_seconds
-        return self.tokens / decoding if decoding > 0 else 0.0
+        """Answer tokens per second of the whole turn, reading the prompt included."""
+        return self.tokens / self.seconds if self.seconds > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -107,25 +119,218 @@ class Consultation:
     """The turns of one patient; `task` and `mode` may be set between turns."""
 
     def __init__(
-        self, engine: Engine, library: Library, *, task: Task = Task.KNOWLEDGE, mode: Mode | None = None
+        self,
+        engine: Engine,
+        library: Library,
+        *,
+        task: Task = Task.KNOWLEDGE,
+        mode: Mode | None = None,
+        weights: QuoteWeights | None = None,
     ) -> None:
-        self.engine, self.library = engine, library
-        self.task, self.mode = task, mode
+        """`mode` None: quote with a demonstration model, else grounded. Does not wait for the engine."""
+        self.engine, self.library, self.task = engine, library, task
+        self._mode, self._weights = mode, weights or QuoteWeights()
+        self._history: list[dict[str, str]] = []  # user and assistant messages as they were sent
+        self._questions: list[str] = []
+        self._asking = self._stopping = False
+
+    @property
+    def mode(self) -> Mode | None:
+        """The mode of the next answer; None while it depends on a model that is still loading."""
+        if self._mode is None and (info := self.engine.info) is not None:
+            return Mode.QUOTE if info.demonstration else Mode.GROUNDED
+        return self._mode
+
+    @mode.setter
+    def mode(self, mode: Mode | None) -> None:
+        self._mode = mode
 
     def ask(self, question: str) -> Iterator[Event]:
-        """Answer in the caller's thread; the last event is always Finished (errors are in its answer)."""
-        raise NotImplementedError
+        """Answer in the caller's thread; the last event is always Finished (errors are in its answer).
+
+        Raises ValueError for an empty question and RuntimeError when an answer is still running.
+        """
+        question = sanitised(question).strip()
+        if not question:
+            raise ValueError("the question is empty")
+        if self._asking:
+            raise RuntimeError("the previous answer is still running")
+        self._asking, self._stopping = True, False
+        try:
+            yield from self._ask(question)
+        finally:
+            self._asking = False
 
     def stop(self) -> None:
         """Thread-safe: the running `ask` ends within 0.3 s with stop_reason "stopped"."""
-        raise NotImplementedError
+        self._stopping = self._asking
+        self.engine.stop()
 
     def reset(self) -> None:
         """Forget all turns: a new consultation."""
-        raise NotImplementedError
+        self._history.clear()
+        self._questions.clear()
+
+    def _ask(self, question: str) -> Iterator[Event]:
+        begin, task = time.perf_counter(), self.task
+        # Evidence comes in over several turns: what was said before still counts for the diagnosis.
+        asked = [*self._questions, question][-_DIAGNOSIS_TURNS:] if task is Task.DIAGNOSIS else [question]
+        found = self.library.search("，".join(asked), task=task.value)
+        yield Found(found.passages, found.cards, found.confidence)
+        turn = _Turn(question, task, self._mode or Mode.GROUNDED, found)
+        try:
+            for event in self._events(turn):
+                match event["event"]:
+                    case "reading":
+                        yield Reading(event["done"], event["total"])
+                    case "delta" if text := sanitised(event["text"]):
+                        turn.text += text
+                        yield Delta(text)
+                    case "finished":
+                        turn.end = event
+        except EngineError as error:
+            turn.end = {"stop_reason": "error", "error": str(error)}
+        answer = turn.answer(time.perf_counter() - begin)
+        if answer.text and answer.stop_reason != "error":
+            del self._history[: 2 * answer.dropped_turns]
+            self._history += [
+                {"role": "user", "content": turn.content},
+                {"role": "assistant", "content": answer.text},
+            ]
+        self._questions.append(question)
+        yield Finished(answer)
+
+    def _events(self, turn: _Turn) -> Iterator[dict[str, Any]]:
+        """Prompt and engine; the mode is settled when the model is known."""
+        if (info := self._wait()) is None:
+            yield {"event": "finished", "stop_reason": "stopped"}
+            return
+        turn.mode = self.mode or Mode.GROUNDED
+        prompts = turn.prompts = info.prompts
+        turn.content = turn.question
+        if turn.mode is not Mode.FREE:
+            written = "".join(
+                prompts.passage(p.number, p.title, p.section, p.sentences) for p in turn.found.passages
+            )
+            turn.content = prompts.question(turn.question, written)
+        request: dict[str, Any] = {
+            "messages": [
+                {"role": "system", "content": prompts.system(turn.task.value)},
+                *self._history,
+                {"role": "user", "content": turn.content},
+            ]
+        }
+        if turn.mode is Mode.QUOTE:
+            request["quote"] = asdict(quote_spec(prompts, turn.found, turn.question, self._weights))
+        for event in self.engine.generate(request):
+            if self._stopping:  # asked before the engine was running
+                self.engine.stop()
+            yield event
+
+    def _wait(self) -> ModelInfo | None:
+        """Wait for the model; None when stopped meanwhile."""
+        while (info := self.engine.poll_ready(0.05)) is None:
+            if self._stopping:
+                return None
+        return info
+
+
+@dataclass
+class _Turn:
+    """What is known about the running turn."""
+
+    question: str
+    task: Task
+    mode: Mode
+    found: SearchResult
+    content: str = ""
+    text: str = ""
+    prompts: Prompts | None = None
+    end: dict[str, Any] = field(default_factory=dict)
+
+    def answer(self, seconds: float) -> Answer:
+        """The whole answer, after the last event; `seconds` since the question."""
+        end, pieces = self.end, self.end.get("pieces", [])
+        sentences = [passage + 1 for kind, passage, _ in pieces if kind == "sentence"]
+        cited = dict.fromkeys(sentences or [int(n) for n in re.findall(r"\[(\d+)\]", self.text)])
+        numbers = {passage.number for passage in self.found.passages} if self.mode is not Mode.FREE else set()
+        phrases = self.prompts.phrases if self.prompts else None
+        refused = any(kind == "refusal" for kind, *_ in pieces) or bool(
+            phrases and not pieces and self.text.strip() and phrases.refusal.strip() in self.text
+        )
+        doubtful: tuple[str, ...] = ()
+        if self.mode is Mode.GROUNDED and phrases:
+            fixed = [*phrases.openings, *phrases.closings, phrases.refusal, phrases.identity, phrases.prescription]
+            fixed += [Template(phrases.cite).substitute(number=number) for number in numbers]
+            doubtful = unsupported(self.text, [p.sentences for p in self.found.passages], fixed)
+        return Answer(
+            text=self.text,
+            mode=self.mode,
+            task=self.task,
+            passages=self.found.passages,
+            cited=tuple(number for number in cited if number in numbers),
+            refused=refused,
+            stop_reason=end.get("stop_reason", "error"),
+            error=end.get("error"),
+            tokens=end.get("tokens", 0),
+            prompt_tokens=end.get("prompt_tokens", 0),
+            reused_tokens=end.get("reused_tokens", 0),
+            seconds=end.get("seconds", seconds),
+            first_token_seconds=end.get("first_token_seconds", seconds),
+            unsupported=doubtful,
+            cards=self.found.cards,
+            confidence=self.found.confidence,
+            dropped_turns=end.get("dropped_turns", 0),
+        )
+
+
+def quote_spec(prompts: Prompts, found: SearchResult, question: str, weights: QuoteWeights) -> QuoteSpec:
+    """What quote mode may say: the found passages, and the model's own fixed phrases."""
+    phrases = prompts.phrases
+    return QuoteSpec(
+        passages=tuple(
+            QuotePassage(
+                cite=Template(phrases.cite).substitute(number=passage.number),
+                weight=math.exp(passage.score / weights.search_temperature),
+                sentences=tuple(sentence + "\n" for sentence in passage.sentences),
+                sentence_weights=(1.0,) * len(passage.sentences),
+            )
+            for passage in found.passages
+        ),
+        refusal=phrases.refusal,
+        refusal_weight=1.0 - found.confidence,
+        openings=phrases.openings,
+        closings=phrases.closings,
+        identity=_about_itself(phrases, question),
+        weights=weights,
+    )
+
+
+def _about_itself(phrases: Phrases, question: str) -> str | None:
+    """The phrase for a question about who answers, or for a prescription; None for any other question."""
+    if _ASKS_WHO.search(question):
+        return phrases.identity
+    return phrases.prescription or None if _ASKS_PRESCRIPTION.search(question) else None
+
+
+def sanitised(text: str) -> str:
+    """Text that cannot steer a terminal: no control characters but line feed and tab, no direction overrides."""
+    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs"))
 
 
 __all__ = [
-    "Answer", "Consultation", "DEMONSTRATION_NOTICE", "Delta", "Event", "Finished", "Found", "Mode", "Passage",
-    "Reading", "Source", "Task",
-]
+    "DEMONSTRATION_NOTICE",
+    "Answer",
+    "Consultation",
+    "Delta",
+    "Event",
+    "Finished",
+    "Found",
+    "Mode",
+    "Passage",
+    "Reading",
+    "Source",
+    "Task",
+    "quote_spec",
+    "sanitised",
+]  # fmt: skip

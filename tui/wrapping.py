@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import cast
 
 import textual._wrap
 import textual.content
@@ -36,8 +35,10 @@ _UNIT = (
 )
 _NUMBER = r"第?[<>≤≥＜＞≈±+\-]?\s?\d+(?:[.,:/]\d+)*[万千百亿多余]?"
 _QUANTITY = rf"{_NUMBER}(?:\s?(?:[-~～–—至到]|——)\s?{_NUMBER})?\s?{_UNIT}"
-_SPELLED = rf"第?[零一二三四五六七八九十百千万两半几]{{1,6}}(?:[至到～][一二三四五六七八九十两几]{{1,6}})?{_UNIT}"
-_WORD = rf"[^\s{_WIDE}{_OPENING}]+?(?<=\d)\s?{_UNIT}(?![^\s{_WIDE}{_OPENING}{_CLOSING}])|[^\s{_WIDE}{_OPENING}]+"
+_DIGITS = "[零一二三四五六七八九十百千万两半几]{1,6}"
+_SPELLED = rf"第?{_DIGITS}(?:[至到～]{_DIGITS})?{_UNIT}"
+_LETTER = rf"[^\s{_WIDE}{_OPENING}]"
+_WORD = rf"{_LETTER}+?(?<=\d)\s?{_UNIT}(?![^\s{_WIDE}{_OPENING}{_CLOSING}])|{_LETTER}+"
 _CHUNK = re.compile(
     rf"[{_OPENING}]{{0,4}}(?:{_QUANTITY}|{_SPELLED}|{_WORD}|[{_WIDE}])"
     rf"(?:[{_CLOSING}]|\[\d{{1,2}}\])*\s*|\s+|\S\s*"
@@ -86,5 +87,5 @@ def install() -> None:
     """
     if not hasattr(textual.content, "divide_line") or not hasattr(textual._wrap, "re_chunk"):
         raise RuntimeError("This version of Textual wraps lines differently; install textual==8.2.8.")
-    textual.content.divide_line = divide_line
-    textual._wrap.re_chunk = cast("re.Pattern[str]", _CHUNK)
+    textual.content.divide_line = divide_line  # pyright: ignore[reportPrivateImportUsage]
+    textual._wrap.re_chunk = _CHUNK

@@ -44,15 +44,16 @@ class Architecture(Protocol):
 
 def for_config(config: dict[str, Any]) -> Architecture:
     """The architecture of a `config.json`. Raises BadInput naming the supported ones."""
-    names = config.get("architectures") or [None]
-    module = _MODULES.get(names[0])
+    name = str((config.get("architectures") or [None])[0])
+    module = _MODULES.get(name)
     if module is None:
-        raise BadInput(f"The architecture {names[0]} cannot be exported yet; supported: {', '.join(_MODULES)}.")
+        raise BadInput(f"The architecture {name} cannot be exported yet; supported: {', '.join(_MODULES)}.")
     return cast(Architecture, importlib.import_module(f"quantize.architectures.{module}"))
 
 
 def required(config: dict[str, Any], key: str) -> Any:
-    """A configuration value that must be there. Raises BadInput."""
-    if config.get(key) is None:
-        raise BadInput(f"config.json lacks `{key}`; save the checkpoint again with transformers 5.")
-    return config[key]
+    """A positive number of the configuration. Raises BadInput when it is missing or something else."""
+    value = config.get(key)
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0:
+        raise BadInput(f"config.json: `{key}` must be a positive number, found {value!r}; save the checkpoint again.")
+    return value

@@ -31,7 +31,10 @@ def plan(config: dict[str, Any]) -> list[TensorPlan]:
     """Every tensor in file order; with tied embeddings llama.cpp takes token_embd for the output."""
     hidden, inner = required(config, "hidden_size"), required(config, "intermediate_size")
     head = required(config, "head_dim")
-    queries, keys = required(config, "num_attention_heads") * head, required(config, "num_key_value_heads") * head
+    queries, keys = (
+        required(config, "num_attention_heads") * head,
+        required(config, "num_key_value_heads") * head,
+    )
     vocabulary = required(config, "vocab_size")
     plans = [TensorPlan("token_embd.weight", "model.embed_tokens.weight", (vocabulary, hidden))]
     if not config.get("tie_word_embeddings", False):

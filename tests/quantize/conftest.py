@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -24,7 +23,12 @@ QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-ANSWERS = ("多喝水，注意休息。\n", "体温超过38.5℃时请就医。\n", "口服补液盐，少量多次。\n", "观察精神和尿量。\n")
+ANSWERS = (
+    "多喝水，注意休息。\n",
+    "体温超过38.5℃时请就医。\n",
+    "口服补液盐，少量多次。\n",
+    "观察精神和尿量。\n",
+)
 
 
 def make_run(folder: Path, *, hidden: int = 64, tied: bool = True, seed: int = 0) -> Path:
@@ -61,7 +65,7 @@ def make_run(folder: Path, *, hidden: int = 64, tied: bool = True, seed: int = 0
                 parameter.normal_(0, 0.1)
             elif "mue_route" in name:
                 parameter.normal_(0, 0.5)
-    adapted.save_pretrained(folder / "4-mue")
+    adapted.save_pretrained(str(folder / "4-mue"))
     (folder / "run.json").write_text(json.dumps({"name": "tiny", "corpus_sha256": "c" * 64, "git_commit": "g"}))
     (folder / "prompts.json").write_text(json.dumps(prompts(), ensure_ascii=False), encoding="utf-8")
     with (folder / "calibration.jsonl").open("w", encoding="utf-8") as file:
@@ -114,6 +118,6 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def copy(tiny: Path, tmp_path: Path) -> Callable[[], Path]:
+def damaged(tiny: Path, tmp_path: Path) -> Path:
     """A copy of the tiny run that a test may damage."""
-    return lambda: shutil.copytree(tiny, tmp_path / "run")
+    return shutil.copytree(tiny, tmp_path / "run")

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from tui.consultation import Answer, Delta, Event, Finished, Found, Mode, Passage, Reading, Source, StopReason, Task
+from textual.app import App
+
+from tui.consultation import (
+    Answer,
+    Delta,
+    Event,
+    Finished,
+    Found,
+    Mode,
+    Passage,
+    Reading,
+    Source,
+    StopReason,
+    Task,
+)
 from tui.engine.contract import ModelInfo, Prompts
 from tui.screens.session import Session
 
@@ -78,9 +94,10 @@ class ScriptedConsultation:
         reason: StopReason = "stopped" if self._stopped.is_set() else script.stop_reason
         yield Finished(
             Answer(
-                text=script.text, mode=self.mode, task=self.task, passages=script.passages, cited=script.cited,
-                refused=False, stop_reason=reason, error=script.error, tokens=62, prompt_tokens=128,
-                reused_tokens=0, seconds=2.4, first_token_seconds=0.8, unsupported=script.unsupported,
+                text=script.text, mode=self.mode, task=self.task, passages=script.passages,
+                cited=script.cited, refused=False, stop_reason=reason, error=script.error, tokens=62,
+                prompt_tokens=128, reused_tokens=0, seconds=2.4, first_token_seconds=0.8,
+                unsupported=script.unsupported,
             )
         )  # fmt: skip
 
@@ -117,3 +134,17 @@ class ScriptedOpener:
 
     def close(self) -> None:
         self.closed = True
+
+
+async def until(predicate: Callable[[], object], *, seconds: float = 20.0) -> None:
+    """Let the app work until ``predicate`` holds; fail with its source line otherwise."""
+    deadline = time.monotonic() + seconds
+    while not predicate():
+        assert time.monotonic() < deadline, "the app did not reach the expected state"
+        await asyncio.sleep(0.01)
+
+
+def screen_text(app: App[None]) -> list[str]:
+    """What the terminal shows, one string per row."""
+    strips = app.screen._compositor.render_strips()
+    return ["".join(segment.text for segment in strip) for strip in strips]

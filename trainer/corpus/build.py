@@ -13,7 +13,7 @@ from trainer import prompts
 from trainer.corpus.cards import Card, load_cards
 from trainer.corpus.dialogues import DialogueBuilder, Turn
 from trainer.corpus.phrasing import Phrasing
-from trainer.corpus.record import CorpusError, Message, Record, Source, Split, write_records
+from trainer.corpus.record import CorpusError, Message, Record, Source, Split, Task, write_records
 from trainer.recipe import CorpusRecipe, Recipe
 
 MANIFEST = "manifest.json"
@@ -34,7 +34,11 @@ def corpus_key(recipe: Recipe) -> str:
     """Digest of all that decides the corpus: its recipe, the seed, the cards, the phrasings, the prompts."""
     digest = hashlib.sha256(recipe.corpus.model_dump_json(exclude={"cards"}).encode())
     digest.update(str(recipe.seed).encode())
-    own = [*Path(__file__).parent.glob("*.py"), Path(__file__).parent / "phrasings.yaml", prompts.PROMPTS_FILE]
+    own = [
+        *Path(__file__).parent.glob("*.py"),
+        Path(__file__).parent / "phrasings.yaml",
+        prompts.PROMPTS_FILE,
+    ]
     for path in [*sorted(recipe.corpus.cards.glob("*.md")), *sorted(own)]:
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
@@ -68,10 +72,14 @@ def build_corpus(recipe: Recipe, folder: Path, progress: Callable[[str, int], No
         "sft": _dialogues(seen, seen, settings.dialogues, recipe.seed + 1, "train", _HUMANE_SFT),
         "preferences": _preferences(seen, settings.preferences, recipe.seed + 2),
         "mue": _dialogues(seen, seen, settings.task_dialogues, recipe.seed + 3, "train", _HUMANE_MUE),
-        "held_out_questions": _dialogues(seen, seen, settings.held_out, recipe.seed + 4, "held_out_questions", _HUMANE_MUE),
+        "held_out_questions": _dialogues(
+            seen, seen, settings.held_out, recipe.seed + 4, "held_out_questions", _HUMANE_MUE
+        ),
     }
     if unseen:
-        files["held_out_cards"] = _dialogues(unseen, cards, settings.held_out, recipe.seed + 5, "held_out_cards", _HUMANE_MUE)
+        files["held_out_cards"] = _dialogues(
+            unseen, cards, settings.held_out, recipe.seed + 5, "held_out_cards", _HUMANE_MUE
+        )
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -131,7 +139,7 @@ def _dialogues(
         )  # fmt: skip
 
 
-def _draw(builder: DialogueBuilder, rng: random.Random) -> tuple[str, str, Card, list[Turn]]:
+def _draw(builder: DialogueBuilder, rng: random.Random) -> tuple[Task, Task, Card, list[Turn]]:
     """One dialogue: the prompt's task, the record's task, its card and its turns."""
     draw = rng.random()
     if draw < _REFUSALS:

@@ -2,20 +2,22 @@
 
 What the small model must learn is to *read*: match the name in the question with a passage's title and the
 way of asking with its section. So contexts vary without end: distractors from the same card and from others,
-shortened passages, and illnesses renamed to made-up names (`_rename`), so that knowing the cards by heart does not help.
+shortened passages, and illnesses renamed to made-up names (`_rename`), so that knowing cards by heart does not help.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from trainer import prompts
 from trainer.corpus.cards import Card, Section
 from trainer.corpus.phrasing import Phrasing
+from trainer.corpus.record import Task
 from trainer.tokenizer import gb2312_level1
 
-TASK_SECTIONS = {
+TASK_SECTIONS: dict[Task, tuple[str, ...]] = {
     "knowledge": ("概述", "表现", "预防", "转诊"),
     "diagnosis": ("判断", "表现", "转诊"),
     "treatment": ("处理", "家庭护理", "转诊"),
@@ -54,15 +56,15 @@ class DialogueBuilder:
         self.phrasing = Phrasing(rng, "train" if split != "held_out_questions" else "held_out")
         self.rename = split == "train"
 
-    def knowledge(self) -> tuple[str, Card, list[Turn]]:
+    def knowledge(self) -> tuple[Task, Card, list[Turn]]:
         """One named or described question of the knowledge task."""
         return self._single("knowledge", described=0.2)
 
-    def treatment(self) -> tuple[str, Card, list[Turn]]:
+    def treatment(self) -> tuple[Task, Card, list[Turn]]:
         """One question of the treatment task."""
         return self._single("treatment", described=0.3)
 
-    def diagnosis(self) -> tuple[str, Card, list[Turn]]:
+    def diagnosis(self) -> tuple[Task, Card, list[Turn]]:
         """Evidence gathering: complaint → what to ask and look for → reply → what fits, what to do."""
         card = self._card(lambda c: "判断" in c.sections and len(c.symptoms) >= 2)
         if self.rng.random() < 0.4:
@@ -74,7 +76,7 @@ class DialogueBuilder:
                 turns.append(self._turn(card, section, question))
         return "diagnosis", card, turns
 
-    def refusal(self) -> tuple[str, Card, list[Turn]]:
+    def refusal(self) -> tuple[Task, Card, list[Turn]]:
         """A question that no passage answers: another illness, or nothing a children's library holds."""
         card = self._card()
         if self.rng.random() < 0.5:
@@ -83,17 +85,25 @@ class DialogueBuilder:
             section = self.rng.choice(list(card.sections))
             name = self._made_up_name() if self.rename else self.rng.choice(card.names)
             question = self.phrasing.named(section, name)
-        passages = self._distractors(card, self.rng.choice(list(card.sections)), self.rng.choice([1, 2, 3]), same_card=False)
-        return self.rng.choice(list(TASK_SECTIONS)), card, [Turn(question, tuple(passages), 0, phrase="refusal")]
+        passages = self._distractors(
+            card, self.rng.choice(list(card.sections)), self.rng.choice([1, 2, 3]), same_card=False
+        )
+        return (
+            self.rng.choice(list(TASK_SECTIONS)),
+            card,
+            [Turn(question, tuple(passages), 0, phrase="refusal")],
+        )
 
-    def special(self, kind: str) -> tuple[str, Card, list[Turn]]:
+    def special(self, kind: str) -> tuple[Task, Card, list[Turn]]:
         """An identity or prescription question; the passages in the context must not distract."""
         card = self._card()
-        passages = self._distractors(card, self.rng.choice(list(card.sections)), self.rng.choice([0, 1, 3]), same_card=True)
+        passages = self._distractors(
+            card, self.rng.choice(list(card.sections)), self.rng.choice([0, 1, 3]), same_card=True
+        )
         turn = Turn(self.phrasing.special(kind), tuple(passages), 0, phrase=kind)
         return self.rng.choice(list(TASK_SECTIONS)), card, [turn]
 
-    def _single(self, task: str, described: float) -> tuple[str, Card, list[Turn]]:
+    def _single(self, task: Task, described: float) -> tuple[Task, Card, list[Turn]]:
         if self.rng.random() < described:
             card = self._card(lambda c: bool(c.symptoms))
             question, section = self.phrasing.symptoms(card.symptoms)
@@ -138,7 +148,7 @@ class DialogueBuilder:
                 chosen.append(candidate)
         return chosen
 
-    def _card(self, fits=lambda card: True) -> Card:  # noqa: ANN001
+    def _card(self, fits: Callable[[Card], bool] = lambda card: True) -> Card:
         while True:
             card = self.rng.choice(self.cards)
             if fits(card):

@@ -52,12 +52,14 @@ class MueLinear(nn.Module, BaseTunerLayer):
         self.r[adapter_name] = config.r
         self.scaling[adapter_name] = config.alpha / config.r
         self.num_specific[adapter_name] = config.num_specific
-        self.mue_A[adapter_name] = nn.Linear(self.in_features, rank, bias=False)
-        self.mue_B[adapter_name] = nn.Linear(rank, self.out_features, bias=False)
+        down = nn.Linear(self.in_features, rank, bias=False)
+        up = nn.Linear(rank, self.out_features, bias=False)
+        nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
+        nn.init.zeros_(up.weight)
+        self.mue_A[adapter_name] = down
+        self.mue_B[adapter_name] = up
         self.mue_route[adapter_name] = nn.Linear(self.in_features, config.num_specific, bias=False)
         self.mue_noise[adapter_name] = nn.Linear(self.in_features, config.num_specific, bias=False)
-        nn.init.kaiming_uniform_(self.mue_A[adapter_name].weight, a=math.sqrt(5))
-        nn.init.zeros_(self.mue_B[adapter_name].weight)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -67,7 +69,7 @@ class MueLinear(nn.Module, BaseTunerLayer):
         The noise of the paper's router is drawn only while training (the released code draws it at
         inference too, which makes its answers irreproducible), and the softmax is in float32 (there: float16).
         """
-        x = self._cast_input_dtype(x, self.mue_route[adapter_name].weight.dtype)
+        x = x.to(_dtype(self.mue_route[adapter_name]))
         logits = self.mue_route[adapter_name](x).float()
         if self.training:
             spread = functional.softplus(self.mue_noise[adapter_name](x).float())
@@ -84,9 +86,13 @@ class MueLinear(nn.Module, BaseTunerLayer):
                 continue
             gates = self.gates(x, name)
             weights = torch.cat([torch.ones_like(gates[..., :1]), gates], dim=-1) * self.scaling[name]
-            cast = self._cast_input_dtype(x, self.mue_A[name].weight.dtype)
-            hidden = self.mue_A[name](cast)
+            hidden = self.mue_A[name](x.to(_dtype(self.mue_A[name])))
             hidden = hidden.unflatten(-1, (1 + self.num_specific[name], self.r[name]))
             hidden = (hidden * weights.to(hidden.dtype).unsqueeze(-1)).flatten(-2)
             result = result + self.mue_B[name](hidden).to(result.dtype)
         return result
+
+
+def _dtype(linear: nn.Module) -> torch.dtype:
+    """Dtype of a router's or expert's weight: the input is cast to it, as PEFT's LoRA does."""
+    return next(linear.parameters()).dtype

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
@@ -18,7 +18,7 @@ class MueModel(BaseTuner):
 
     prefix = "mue_"
     tuner_layer_cls = MueLinear
-    target_module_mapping = {name: _FFN for name in ("qwen3", "qwen2", "llama")}
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {name: _FFN for name in ("qwen3", "qwen2", "llama")}
 
     def _create_and_replace(
         self,

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from trainer.recipe import Recipe, StageRecipe
@@ -70,9 +70,7 @@ class Watch(TrainerCallback):
         self.progress.update(self.bar, total=state.max_steps, completed=state.global_step)
         self._previous = signal.signal(signal.SIGINT, self._interrupt)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.progress.update(self.bar, completed=state.global_step)
         if self.interrupted:
             control.should_save = control.should_training_stop = True
@@ -87,8 +85,19 @@ class Watch(TrainerCallback):
     ) -> None:
         if not logs or "loss" not in logs:
             return
-        keep = ("loss", "learning_rate", "grad_norm", "mean_token_accuracy", "rewards/accuracies", "rewards/margins")
-        row = {"stage": self.stage, "step": state.global_step, **{key: float(logs[key]) for key in keep if key in logs}}
+        keep = (
+            "loss",
+            "learning_rate",
+            "grad_norm",
+            "mean_token_accuracy",
+            "rewards/accuracies",
+            "rewards/margins",
+        )
+        row = {
+            "stage": self.stage,
+            "step": state.global_step,
+            **{key: float(logs[key]) for key in keep if key in logs},
+        }
         row["seconds"] = round(time.monotonic() - self.started, 1)
         with self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -119,6 +128,7 @@ def fit(trainer: Trainer, watch: Watch, checkpoints: Path) -> dict[str, Any]:
     last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
     if last:
         watch.progress.console.print(f"{watch.stage}: continuing from {Path(last).name}")
+    trainer.remove_callback(PrinterCallback)
     trainer.add_callback(watch)
     result = trainer.train(resume_from_checkpoint=last)
     if watch.interrupted and trainer.state.global_step < trainer.state.max_steps:

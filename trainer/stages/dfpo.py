@@ -1,7 +1,8 @@
 """Stage 3, DFPO: direct following preference optimization.
 
-The paper's loss is DPO's sigmoid loss plus μ times an SFT regulariser on the preferred answer, as in its code
-(`dpo_ftx`: the mean over samples of each sample's mean negative log-likelihood).
+The paper's loss is DPO's sigmoid loss plus μ times an SFT regulariser on the preferred answer. TRL has such a term
+("sft"), but averages it over the tokens of the batch; the paper's code (`dpo_ftx` in its DPO trainer) averages each
+sample first, so that short answers count as much as long ones. `DfpoTrainer` does the latter.
 """
 
 from __future__ import annotations
@@ -9,35 +10,69 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
-from trl import DPOConfig, DPOTrainer
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.dpo_trainer import DPOTrainer
 
 from trainer.corpus.record import Message, Record
 from trainer.recipe import Recipe
 from trainer.stages.common import training_arguments
 
 
+def sft_regulariser(log_probs: torch.Tensor, completion_mask: torch.Tensor) -> torch.Tensor:
+    """Mean over samples of each sample's mean negative log-likelihood.
+
+    `log_probs` [samples, tokens] of the completion's tokens (anything elsewhere), `completion_mask` likewise.
+    """
+    mask = completion_mask.to(log_probs.dtype)
+    return (-(log_probs * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)).mean()
+
+
+class DfpoTrainer(DPOTrainer):
+    """DPO plus `sft_weight` times `sft_regulariser` on the chosen answers."""
+
+    def __init__(self, *args: Any, sft_weight: float, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.sft_weight = sft_weight
+
+    def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        # The policy's per-token log-probabilities are local to TRL's method; a hook on its forward keeps them.
+        policy: list[Any] = []
+        hook = model.register_forward_hook(lambda module, given, output: policy.append(output))
+        try:
+            loss = super()._compute_loss(model, inputs, False)
+        finally:
+            hook.remove()
+        mask = inputs["completion_mask"][:, 1:]
+        log_probs = policy[0].log_probs[:, -mask.size(1) :]
+        chosen = mask.size(0) // 2  # a batch is [chosen, rejected]
+        loss = loss + self.sft_weight * sft_regulariser(log_probs[:chosen], mask[:chosen])
+        return (loss, policy[0]) if return_outputs else loss
+
+
 def dfpo_trainer(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, records: Sequence[Record], checkpoints: Path
-) -> DPOTrainer:
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    recipe: Recipe,
+    records: Sequence[Record],
+    checkpoints: Path,
+) -> DfpoTrainer:
     """The reference policy is the model as SFT left it."""
     stage = recipe.stages.dfpo
     rows = [
         {name: _plain(getattr(record, name) or ()) for name in ("prompt", "chosen", "rejected")} for record in records
     ]
-    return DPOTrainer(
+    return DfpoTrainer(
         model=model,
         ref_model=copy.deepcopy(model),
-        args=DPOConfig(
-            **training_arguments(recipe, stage, checkpoints),
-            beta=stage.beta,
-            loss_type=["sigmoid", "sft"],
-            loss_weights=[1.0, stage.sft_weight],
-        ),
+        args=DPOConfig(**training_arguments(recipe, stage, checkpoints), beta=stage.beta, loss_type=["sigmoid"]),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
+        sft_weight=stage.sft_weight,
     )
 
 

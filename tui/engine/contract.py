@@ -27,12 +27,18 @@ class Phrases:
     closings: tuple[str, ...]
     refusal: str
     identity: str
+    prescription: str = ""  # to who asks for a prescription; empty in models that know no such phrase
 
     @classmethod
     def of(cls, raw: Mapping[str, Any]) -> Phrases:
         """Build from the JSON form; raises KeyError for a missing phrase."""
         return cls(
-            raw["cite"], tuple(raw["openings"]), tuple(raw["closings"]), raw["refusal"], raw["identity"]
+            raw["cite"],
+            tuple(raw["openings"]),
+            tuple(raw["closings"]),
+            raw["refusal"],
+            raw["identity"],
+            raw.get("prescription", ""),
         )
 
 

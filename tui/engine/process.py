@@ -101,6 +101,7 @@ class Engine:
         self._settling: threading.Thread | None = None  # waits for the end of a stopped or abandoned answer
         self._info: ModelInfo | None = None
         self._failure: EngineError | None = None
+        self._died = False  # while loading; a refusal is final, a death is tried again
         self._child = _Child(self._arguments)
 
     @classmethod
@@ -126,10 +127,28 @@ class Engine:
         """The id of the child process."""
         return self._child.process.pid
 
+    def poll_ready(self, seconds: float) -> ModelInfo | None:
+        """The loaded model, None when it is still loading after some seconds; raises EngineError."""
+        with self._ready_lock:
+            if self._info is None and self._failure is None:
+                try:
+                    event = self._child.events.get(timeout=seconds)
+                except queue.Empty:
+                    return None
+                if event is None:
+                    self._failure, self._died = self._child.death(), True
+                elif event["event"] == "refused":
+                    self._failure = EngineError(event["message"])
+                else:
+                    self._info = ModelInfo.of_json(event["info"])
+            if self._failure:
+                raise self._failure
+            return self._info
+
     def wait_ready(self, timeout: float = 300.0) -> ModelInfo:
         """Block until the model is loaded; raises EngineError (cause and remedy). Safe from several threads."""
         deadline = time.monotonic() + timeout
-        while (info := self._poll_ready(0.05)) is None:
+        while (info := self.poll_ready(0.05)) is None:
             if time.monotonic() > deadline:
                 raise EngineError(f"模型在 {timeout:.0f} 秒内没有载入完，请稍候再试或换一个更小的模型。")
         return info
@@ -139,7 +158,7 @@ class Engine:
         self._child.kill()
         with self._ready_lock:
             self._child = _Child(self._arguments)
-            self._info = self._failure = None
+            self._info, self._failure, self._died = None, None, False
 
     def generate(self, request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """Yield the events of one answer (see tui.engine.session); the last one is `finished`.
@@ -163,9 +182,8 @@ class Engine:
             for event in self._events(self._child, self._number):
                 finished = event["event"] == "finished" and not event.get("unsettled")
                 yield event
-            finished = finished or self._child.process.poll() is not None
         finally:
-            if not finished:  # abandoned by the caller, or slow to stop
+            if not finished and self._child.process.poll() is None:  # abandoned by the caller, or slow to stop
                 self._child.send({"op": "stop", "id": self._number})
                 self._settling = threading.Thread(target=_settle, args=(self._child, self._number), daemon=True)
                 self._settling.start()
@@ -187,24 +205,6 @@ class Engine:
     def __exit__(self, *_error: object) -> None:
         self.close()
 
-    def _poll_ready(self, seconds: float) -> ModelInfo | None:
-        """The loaded model, None when it is still loading after some seconds; raises EngineError."""
-        with self._ready_lock:
-            if self._info is None and self._failure is None:
-                try:
-                    event = self._child.events.get(timeout=seconds)
-                except queue.Empty:
-                    return None
-                if event is None:
-                    self._failure = self._child.death()
-                elif event["event"] == "refused":
-                    self._failure = EngineError(event["message"])
-                else:
-                    self._info = ModelInfo.of_json(event["info"])
-            if self._failure:
-                raise self._failure
-            return self._info
-
     def _prepared(self) -> bool:
         """Whether a request can be sent now; waits a little, restarts a child that has died since it was ready."""
         if self._settling is not None:
@@ -212,9 +212,9 @@ class Engine:
             if self._settling.is_alive():
                 return False
             self._settling = None
-        if self._info is not None and self._child.process.poll() is not None:
+        if self._died or (self._info is not None and self._child.process.poll() is not None):
             self.restart()
-        return self._poll_ready(0.02) is not None
+        return self.poll_ready(0.02) is not None
 
     def _overdue(self) -> bool:
         return self._stop_at is not None and time.monotonic() - self._stop_at > _STOP_SECONDS

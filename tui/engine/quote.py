@@ -29,6 +29,7 @@ class QuoteWeights:
     """Prior masses and how much they count; to be tuned on a development set."""
 
     prior: float = 1.0  # factor of the log prior beside the log-softmax of the model
+    search_temperature: float = 0.5  # a passage's share of the cites is exp(score / this), normalised
     opening: float = 0.3  # mass of the openings; cites and refusal together have 1
     identity: float = 4.0  # mass of the identity phrase, where it is offered
     another: float = 0.15  # mass of citing another passage; the sentences of this one have 1

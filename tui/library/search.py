@@ -17,6 +17,8 @@ from pathlib import Path
 from tui.library.cards import CARDS, Card, Source, load_cards
 from tui.library.words import bigrams, normalise, spaced, vocabulary
 
+_MOST_PHRASES = 100
+
 
 @dataclass(frozen=True)
 class Passage:
@@ -157,11 +159,13 @@ class Library:
 
     def _wording(self, asked: set[str]) -> dict[int, float]:
         """Row number -> bm25 of the question's bigrams, scaled so that the best row has 1."""
-        if not asked:
-            return {}
         weights = self.weights
         columns = (weights.column_names, weights.column_symptoms, weights.column_section, weights.column_body)
-        query = " OR ".join(f'"{spaced(bigram)}"' for bigram in sorted(asked))
+        # SQLite limits the depth of a query, and a long story is told by its rarest words.
+        telling = sorted((b for b in asked if b in self._knows), key=lambda b: (-self._rarity(b), b))[:_MOST_PHRASES]
+        if not telling:
+            return {}
+        query = " OR ".join(f'"{spaced(bigram)}"' for bigram in telling)
         found = self._index.execute(
             "SELECT rowid, -bm25(passage, ?, ?, ?, ?) FROM passage WHERE passage MATCH ?", (*columns, query)
         ).fetchall()

@@ -94,7 +94,7 @@ def vocabulary() -> Vocabulary:
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
     def read(name: str) -> dict[str, Any]:
-        return yaml.load((_FOLDER / name).read_text(encoding="utf-8"), Loader=loader)  # noqa: S506
+        return yaml.load((_FOLDER / name).read_text(encoding="utf-8"), Loader=loader)
 
     words = read("words.yaml")
     return Vocabulary(read("sections.yaml"), *(_pattern(words[name]) for name in ("stop", "child", "foreign")))

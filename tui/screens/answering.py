@@ -1,14 +1,18 @@
-"""One answer in its worker thread: events to the screen, text in batches."""
+"""Loading the session and running one answer at a time, in worker threads; text arrives in batches."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from threading import Lock
+from time import monotonic
 
+from textual import work
 from textual.message import Message
+from textual.screen import Screen
 
 from tui.consultation import Consultation, Delta, Finished
-from tui.messages import TextArrived, TurnBroken, TurnProgress
+from tui.messages import SessionFailed, SessionReady, TextArrived, TurnBroken, TurnProgress
+from tui.screens.session import Opener, Session
 from tui.widgets.transcript import AnswerTurn
 
 BATCH_SECONDS = 0.033  # at most 30 repaints a second, however fast the model writes
@@ -35,9 +39,7 @@ class TextBuffer:
             return text
 
 
-def answer(
-    consultation: Consultation, turn: AnswerTurn, buffer: TextBuffer, post: Callable[[Message], object]
-) -> None:
+def answer(consultation: Consultation, turn: AnswerTurn, buffer: TextBuffer, post: Callable[[Message], object]) -> None:
     """Run a turn to its end; never raises, whatever happens is told to the screen.
 
     `Finished` is posted only when the consultation has let go of the engine, so that the next turn may start.
@@ -51,7 +53,121 @@ def answer(
                 post(TurnProgress(turn, event))
             elif buffer.put(event.text):
                 post(TextArrived(turn))
+            if turn.stop_requested:  # asked for before `ask` had begun, where `stop` has no effect
+                consultation.stop()
     except Exception as error:  # the partial answer must be kept and labelled, whatever went wrong
         post(TurnBroken(turn, str(error) or type(error).__name__))
     else:
         post(TurnProgress(turn, last) if last else TurnBroken(turn, "回答没有正常结束。"))
+
+
+class AnsweringScreen(Screen[None]):
+    """Holds the session and the running answer. The subclass shows them: `changed`, `ready`, `failed`."""
+
+    def __init__(self, opener: Opener) -> None:
+        super().__init__()
+        self._opener = opener
+        self.session: Session | None = None
+        self.load_failed = False
+        self.running: AnswerTurn | None = None
+        self._buffer = TextBuffer()
+        self._flushed_at = 0.0
+
+    def changed(self, turn: AnswerTurn) -> None:
+        """``turn`` shows more than before, or has ended."""
+        raise NotImplementedError
+
+    def ready(self, session: Session) -> None:
+        """The session is there."""
+        raise NotImplementedError
+
+    def failed(self, cause: str) -> None:
+        """The session could not be opened."""
+        raise NotImplementedError
+
+    @work(thread=True, group="load")
+    def load(self) -> None:
+        """Open the session; ends in `ready` or `failed`."""
+        try:
+            session = self._opener.open()
+        except Exception as error:  # whatever it is, the user sees it in the panel, not as a traceback
+            self.post_message(SessionFailed(str(error) or type(error).__name__))
+        else:
+            self.post_message(SessionReady(session))
+
+    def run_turn(self, turn: AnswerTurn) -> None:
+        """Make ``turn`` the running one; it starts at once, or when the session is ready."""
+        self.running = turn
+        if self.session is not None:
+            self._start(self.session.consultation, turn)
+
+    def stop_turn(self) -> None:
+        """Stop the running answer; one that has not started is cancelled."""
+        if self.running is None:
+            return
+        if self.session is None:
+            self.running.cancel()
+            self._end(self.running)
+        else:
+            self.running.stop_requested = True
+            self.session.consultation.stop()
+
+    def on_session_ready(self, message: SessionReady) -> None:
+        """Start what waits."""
+        self.session = message.session
+        self.load_failed = False
+        self.ready(message.session)
+        if self.running is not None:
+            self._start(message.session.consultation, self.running)
+
+    def on_session_failed(self, message: SessionFailed) -> None:
+        """Give back what waits."""
+        self.load_failed = True
+        self.failed(message.cause)
+        self.stop_turn()
+
+    def on_text_arrived(self, message: TextArrived) -> None:
+        """Show new text now, or at the end of the current batch."""
+        if message.turn is self.running:
+            wait = self._flushed_at + BATCH_SECONDS - monotonic()
+            if wait > 0:
+                self.set_timer(wait, self._flush)
+            else:
+                self._flush()
+
+    def on_turn_progress(self, message: TurnProgress) -> None:
+        """Show one event; late ones of a turn that is gone are dropped."""
+        if message.turn is self.running:
+            message.turn.apply(message.event)
+            if message.turn.ended:
+                self._end(message.turn)
+            else:
+                self.changed(message.turn)
+
+    def on_turn_broken(self, message: TurnBroken) -> None:
+        """Keep and label what there is."""
+        if message.turn is self.running:
+            self._flush()
+            message.turn.break_off(message.cause)
+            self._end(message.turn)
+
+    def _start(self, consultation: Consultation, turn: AnswerTurn) -> None:
+        consultation.task, consultation.mode = turn.asked_task, turn.mode
+        turn.begin()
+        self._buffer = TextBuffer()  # text of an earlier turn that is still under way stays in its own
+        self._answer(consultation, turn, self._buffer)
+
+    @work(thread=True, group="answer")
+    def _answer(self, consultation: Consultation, turn: AnswerTurn, buffer: TextBuffer) -> None:
+        answer(consultation, turn, buffer, self.post_message)
+
+    def _flush(self) -> None:
+        self._flushed_at = monotonic()
+        text = self._buffer.take()
+        if text and self.running is not None:
+            self.running.apply(Delta(text))
+            self.changed(self.running)
+
+    def _end(self, turn: AnswerTurn) -> None:
+        self.running = None
+        self.changed(turn)

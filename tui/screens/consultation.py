@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from time import monotonic
+from typing import ClassVar
 
 from textual import on, work
 from textual.app import ComposeResult
-from textual.binding import ActiveBinding, Binding
+from textual.binding import ActiveBinding, Binding, BindingType
 from textual.containers import Container, Horizontal
-from textual.screen import Screen
 from textual.widgets import Footer, Static
 
-from tui.consultation import Consultation, Delta, Event, Mode, Task
-from tui.messages import SessionFailed, SessionReady, TextArrived, TurnBroken, TurnProgress
-from tui.screens.answering import BATCH_SECONDS, TextBuffer, answer
+from tui.consultation import Mode, Task
+from tui.screens.answering import AnsweringScreen
 from tui.screens.confirm import ConfirmScreen
 from tui.screens.help import MODE_MEANING, HelpScreen
 from tui.screens.session import Opener, Session
@@ -27,11 +24,15 @@ from tui.widgets.transcript import AnswerTurn, Transcript
 from tui.widgets.welcome import LoadFailure, Welcome
 
 
-class ConsultationScreen(Screen[None]):
-    """Holds the state of the consultation: the session, the running answer, the answer being looked at."""
+class ConsultationScreen(AnsweringScreen):
+    """Everything the user sees and every key; `current` is the answer whose evidence is shown."""
 
-    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (110, "-wide")]
-    BINDINGS = [
+    HORIZONTAL_BREAKPOINTS: ClassVar[list[tuple[int, str]] | None] = [
+        (0, "-small"),
+        (80, "-medium"),
+        (110, "-wide"),
+    ]
+    BINDINGS: ClassVar[list[BindingType]] = [
         Binding("f1", "help", "帮助"),
         Binding("f2", "new", "新会诊", tooltip="开始新会诊，清空当前对话"),
         Binding("f3", "evidence", "资料", tooltip="展开或收起资料原文"),
@@ -40,8 +41,8 @@ class ConsultationScreen(Screen[None]):
         # Priority, because TextArea has a binding of its own on F6.
         Binding("f6", "mode", "模式", tooltip="换模式：摘录、依据、自由", priority=True),
         Binding("ctrl+q", "app.quit", "退出", priority=True, key_display="^Q"),
-        Binding("escape", "stop", "停止", tooltip="停止正在写的回答"),
-        Binding("ctrl+o", "copy", "复制", tooltip="复制当前回答和出处", key_display="^O"),
+        Binding("escape", "stop", "停止", show=False, tooltip="停止正在写的回答"),
+        Binding("ctrl+o", "copy", "复制", show=False, tooltip="复制当前回答和出处"),
         Binding("pageup", "scroll(-1)", "向上翻页", show=False, priority=True),
         Binding("pagedown", "scroll(1)", "向下翻页", show=False, priority=True),
         Binding("ctrl+up", "select(-1)", "看上一个回答的资料", show=False, priority=True),
@@ -49,17 +50,11 @@ class ConsultationScreen(Screen[None]):
     ]
 
     def __init__(self, opener: Opener, task: Task, mode: Mode | None) -> None:
-        super().__init__()
-        self._opener = opener
+        super().__init__(opener)
         self.chosen_task, self.chosen_mode = task, mode or Mode.QUOTE
         self._mode_is_default = mode is None
-        self.session: Session | None = None
-        self.load_failed = False
-        self.running: AnswerTurn | None = None
         self.current: AnswerTurn | None = None
         self._renew_after_stop = False
-        self._buffer = TextBuffer()
-        self._flushed_at = 0.0
 
     @property
     def active_bindings(self) -> dict[str, ActiveBinding]:
@@ -88,46 +83,37 @@ class ConsultationScreen(Screen[None]):
         self.query_one(Composer).focus()
         self.show_hint()
         self.set_interval(1.0, self._tick)
-        self.call_after_refresh(self._load)
+        self.call_after_refresh(self.load)
 
-    # Loading
-
-    @work(thread=True, exit_on_error=False)
-    def _load(self) -> None:
-        try:
-            session = self._opener.open()
-        except Exception as error:  # whatever it is, the user sees it in the panel, not as a traceback
-            self.post_message(SessionFailed(str(error) or type(error).__name__))
-        else:
-            self.post_message(SessionReady(session))
-
-    def on_session_ready(self, message: SessionReady) -> None:
-        """Show what the model is and send what waits."""
-        self.session = session = message.session
-        self.load_failed = False
-        for failure in self.query(LoadFailure):
-            failure.remove()
-        self.query_one(Welcome).show_notes(session.model.notes)
-        self.query_one(Banner).show(demonstration=session.model.demonstration)
+    def ready(self, session: Session) -> None:
+        """Say what the model is."""
+        model = session.model
+        self.query(LoadFailure).remove()
+        self.query_one(Welcome).show_notes(model.notes)
+        self.query_one(Banner).show(demonstration=model.demonstration)
+        self.query_one(HintLine).show_model(f"{model.name} · {model.quant}")
         if self._mode_is_default:
             self._set_mode(session.consultation.mode or self.chosen_mode)
-        model = session.model
-        self.query_one(HintLine).show_model(f"{model.name} · {model.quant}")
-        if self.running is not None:
-            self._start(session.consultation, self.running)
         self.show_hint()
 
-    async def on_session_failed(self, message: SessionFailed) -> None:
-        """Show why, keep what was typed, and offer to try again."""
-        self.load_failed = True
+    def failed(self, cause: str) -> None:
+        """Say why and what to do."""
         self.query_one(Welcome).display = False
-        await self.query_one(Transcript).mount(LoadFailure(message.cause))
-        if self.running is not None:
-            self.running.cancel()
-            self._ended()
+        self.query_one(Transcript).mount(LoadFailure(cause))
         self.show_hint()
 
-    # Asking
+    def changed(self, turn: AnswerTurn) -> None:
+        """Bring the evidence up to date; after the end, do what had to wait for it."""
+        if turn is self.current:
+            self._show_evidence(turn)
+        if not turn.ended:
+            return
+        composer = self.query_one(Composer)
+        if turn.cancelled and not composer.text:
+            composer.replace_text(turn.question)
+        if self._renew_after_stop:
+            self._renew()
+        self.show_hint()
 
     @on(Composer.Submitted)
     def submit(self, message: Composer.Submitted) -> None:
@@ -143,63 +129,11 @@ class ConsultationScreen(Screen[None]):
             self.ask(message.text)
 
     def ask(self, question: str) -> None:
+        """Send a question; only while none is running."""
         self.query_one(Welcome).display = False
         turn = self.query_one(Transcript).add(question, self.chosen_task, self.chosen_mode)
-        self.running = turn
         self._look_at(turn)
-        if self.session is not None:
-            self._start(self.session.consultation, turn)
-        self.show_hint()
-
-    def _start(self, consultation: Consultation, turn: AnswerTurn) -> None:
-        consultation.task, consultation.mode = turn.asked_task, turn.mode
-        turn.begin()
-        self._buffer = TextBuffer()  # text of an earlier turn that is still under way stays in its own
-        self._answer(consultation, turn, self._buffer)
-
-    @work(thread=True, group="answer")
-    def _answer(self, consultation: Consultation, turn: AnswerTurn, buffer: TextBuffer) -> None:
-        answer(consultation, turn, buffer, self.post_message)
-
-    def on_text_arrived(self, message: TextArrived) -> None:
-        """Show new text now, or at the end of the current batch."""
-        if message.turn is self.running:
-            wait = self._flushed_at + BATCH_SECONDS - monotonic()
-            if wait > 0:
-                self.set_timer(wait, self._flush)
-            else:
-                self._flush()
-
-    def on_turn_progress(self, message: TurnProgress) -> None:
-        """Show one event; late ones of a turn that is gone are dropped."""
-        if message.turn is self.running:
-            self._flush()
-            self._apply(message.turn, message.event)
-
-    def _flush(self) -> None:
-        self._flushed_at = monotonic()
-        text = self._buffer.take()
-        if text and self.running is not None:
-            self._apply(self.running, Delta(text))
-
-    def _apply(self, turn: AnswerTurn, event: Event) -> None:
-        turn.apply(event)
-        if turn is self.current:
-            self._show_evidence(turn)
-        if turn.ended:
-            self._ended()
-
-    def on_turn_broken(self, message: TurnBroken) -> None:
-        """Keep and label what there is."""
-        if message.turn is self.running:
-            self._flush()
-            message.turn.break_off(message.cause)
-            self._ended()
-
-    def _ended(self) -> None:
-        self.running = None
-        if self._renew_after_stop:
-            self._renew()
+        self.run_turn(turn)
         self.show_hint()
 
     def _tick(self) -> None:
@@ -210,18 +144,12 @@ class ConsultationScreen(Screen[None]):
 
     def action_stop(self) -> None:
         """Esc: stop the running answer, or take back a question that waits for the model."""
-        turn = self.running
-        if turn is None:
+        if self.running is None:
             self.query_one(Composer).focus()
-        elif self.session is None:
-            turn.cancel()
-            composer = self.query_one(Composer)
-            if not composer.text:
-                composer.replace_text(turn.question)
-            self._ended()
         else:
-            self.session.consultation.stop()
-            self.show_hint("正在停止…")
+            self.stop_turn()
+            if self.running is not None:
+                self.show_hint("正在停止…")
 
     @work
     async def action_new(self) -> None:
@@ -234,7 +162,7 @@ class ConsultationScreen(Screen[None]):
             self._renew()
         else:
             self._renew_after_stop = True
-            self.action_stop()
+            self.stop_turn()
 
     def _renew(self) -> None:
         self._renew_after_stop = False
@@ -251,10 +179,9 @@ class ConsultationScreen(Screen[None]):
         """F5: ask the last question again as a new turn; the old answer stays. Retries a failed load."""
         if self.load_failed:
             self.load_failed = False
-            for failure in self.query(LoadFailure):
-                failure.remove()
+            self.query(LoadFailure).remove()
             self.query_one(Welcome).display = not self.query(AnswerTurn)
-            self._load()
+            self.load()
             self.show_hint()
         elif self.running is not None:
             self.show_hint("正在回答，Esc 停止后再重答", warning=True)
@@ -303,14 +230,7 @@ class ConsultationScreen(Screen[None]):
     def action_help(self) -> None:
         """F1."""
         bindings = [*Composer.BINDINGS, *self.BINDINGS]
-        rows = [
-            (self.app.get_key_display(replace(binding, key_display=None)), binding.tooltip or binding.description)
-            for binding in bindings
-            if isinstance(binding, Binding) and binding.description
-        ]
-        model = self.session.model if self.session else None
-        line = f"{model.name}（{model.architecture}，{model.quant}，{model.size_bytes / 1e6:.0f} MB）" if model else "还没有加载"
-        self.app.push_screen(HelpScreen(rows, line))
+        self.app.push_screen(HelpScreen(bindings, self.session.model if self.session else None))
 
     # What is shown
 

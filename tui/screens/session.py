@@ -35,10 +35,23 @@ class Opener(Protocol):
 
 
 class ModelOpener:
-    """Opens a GGUF file (None = the embedded model) and the cards that ship with the app."""
+    """Opens a GGUF file (None: the embedded model) and the cards (None: those that ship with the app).
 
-    def __init__(self, model_path: Path | None, task: Task, mode: Mode | None) -> None:
+    `context` is in tokens; `threads` None: the physical cores.
+    """
+
+    def __init__(
+        self,
+        model_path: Path | None,
+        task: Task,
+        mode: Mode | None,
+        *,
+        cards: Path | None = None,
+        context: int = 2048,
+        threads: int | None = None,
+    ) -> None:
         self._model_path, self._task, self._mode = model_path, task, mode
+        self._cards, self._context, self._threads = cards, context, threads
         self._engine: Engine | None = None
         self._closed = False
         self._lock = Lock()
@@ -51,8 +64,8 @@ class ModelOpener:
                 raise EngineError("程序正在退出。")
             if self._engine is not None:
                 self._engine.close()
-            engine = self._engine = Engine.start(path)
-        library = Library.load()  # while the child loads the model
+            engine = self._engine = Engine.start(path, context=self._context, threads=self._threads)
+        library = Library.load(self._cards)  # while the child loads the model
         model = engine.wait_ready()
         return Session(Consultation(engine, library, task=self._task, mode=self._mode), model)
 

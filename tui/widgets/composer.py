@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from textual import events
-from textual.binding import Binding
+from textual.binding import Binding, BindingType
 from textual.message import Message
 from textual.widgets import TextArea
 
@@ -13,7 +15,7 @@ from tui.widgets.text import printable
 class Composer(TextArea):
     """Several lines of text; Enter sends, Ctrl+J breaks the line, the height follows the text."""
 
-    BINDINGS = [
+    BINDINGS: ClassVar[list[BindingType]] = [
         # Priority, because TextArea inserts a line end for Enter before ordinary bindings are asked.
         Binding("enter", "submit", "发送", show=False, priority=True),
         Binding("ctrl+j,shift+enter", "line_break", "换行", show=False),

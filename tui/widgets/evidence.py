@@ -27,9 +27,7 @@ class RedFlags(Static):
     def show(self, passages: tuple[Passage, ...], cited: tuple[int, ...]) -> None:
         """Show the signs of every card cited in the answer; hide the box when none is cited."""
         self._cards = {
-            passage.title: passage.red_flags
-            for passage in passages
-            if passage.number in cited and passage.red_flags
+            passage.title: passage.red_flags for passage in passages if passage.number in cited and passage.red_flags
         }
         self.display = bool(self._cards)
         self._rewrite()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from textual import events
-from textual.binding import Binding
+from textual.binding import Binding, BindingType
 from textual.content import Content
 from textual.message import Message
 from textual.reactive import reactive
@@ -13,7 +15,7 @@ from textual.widget import Widget
 class Segmented(Widget, can_focus=True):
     """Choices side by side; click one, or focus the row and use the arrow keys."""
 
-    BINDINGS = [
+    BINDINGS: ClassVar[list[BindingType]] = [
         Binding("left", "step(-1)", "上一项", show=False),
         Binding("right", "step(1)", "下一项", show=False),
     ]

@@ -9,7 +9,6 @@ from textual.content import Content, Span
 
 from tui.consultation import Source
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
 _CITATION = re.compile(r"\[(\d{1,2})\]")
 UNSUPPORTED = "（资料未支持）"
 
@@ -44,9 +43,7 @@ def answer_content(text: str, known: Iterable[int] = (), unsupported: Iterable[s
         spans += [Span(start, end, "$warning"), Span(end, end + shift, "bold $warning")]
     numbers = set(known)
     spans += [
-        Span(*match.span(), "bold $primary")
-        for match in _CITATION.finditer(body)
-        if int(match.group(1)) in numbers
+        Span(*match.span(), "bold $primary") for match in _CITATION.finditer(body) if int(match.group(1)) in numbers
     ]
     return Content(body, spans=spans)
 
@@ -54,3 +51,7 @@ def answer_content(text: str, known: Iterable[int] = (), unsupported: Iterable[s
 def source_line(source: Source) -> str:
     """Title, edition and organisation of a source in one line."""
     return f"《{source.title}》{source.edition}，{source.organisation}"
+
+
+def _moved(span: Span, by: int) -> Span:
+    return Span(span.start + by, span.end + by, span.style)

@@ -61,7 +61,8 @@ class AnswerTurn(VerticalGroup):
         self.passages: tuple[Passage, ...] = ()
         self.cited: tuple[int, ...] = ()
         self.answer: Answer | None = None
-        self.ended, self.ending = False, ""
+        self.ended, self.cancelled, self.stop_requested = False, False, False
+        self.ending = ""
         self._activity = "等待模型加载"
         self._since: float | None = None
         self._body = Static("", classes="turn-body", markup=False)
@@ -119,6 +120,7 @@ class AnswerTurn(VerticalGroup):
 
     def cancel(self) -> None:
         """Stopped before the question went to the model."""
+        self.cancelled = True
         self._end("已取消，没有发送", (), "")
 
     def break_off(self, cause: str) -> None:

@@ -1,0 +1,178 @@
+"""What fits where: small terminals, no box lines, dangerous text, following the end."""
+
+import threading
+
+import pytest
+from textual.events import Paste
+from textual.pilot import Pilot
+
+from tests.tui.scripted import TEXT, Script, ScriptedConsultation, ScriptedOpener, passage, screen_text, until
+from tui.app import ConsultationApp
+from tui.widgets.composer import Composer
+from tui.widgets.evidence import EvidencePanel, RedFlags
+from tui.widgets.text import answer_content, cited_numbers, printable
+from tui.widgets.transcript import Transcript
+
+DANGEROUS = (
+    "[bold red]粗体[/] [link=x] \x1b[31m红\x1b[0m \x1b]52;c;AAAA\x07 [@click=app.quit]点[/] \u202e反 " + "w" * 300
+)
+
+
+def app_of(*scripts: Script, ascii_only: bool = False) -> ConsultationApp:
+    opener = ScriptedOpener(ScriptedConsultation(list(scripts) or [Script()]))
+    return ConsultationApp(opener, ascii_only=ascii_only)
+
+
+async def answered(pilot: Pilot[None], app: ConsultationApp, question: str = "手足口病怎么护理") -> None:
+    await until(lambda: app.consultation.session)
+    app.consultation.ask(question)
+    await until(lambda: app.consultation.running is None)
+    await pilot.pause()
+
+
+def squeezed(app: ConsultationApp) -> str:
+    return "".join("".join(row.split()) for row in screen_text(app))
+
+
+@pytest.mark.parametrize("size", [(60, 20), (80, 24), (109, 30), (110, 30), (160, 50)])
+async def test_warning_mode_danger_signs_and_composer_are_visible_at_every_size(size: tuple[int, int]) -> None:
+    app = app_of()
+    async with app.run_test(size=size) as pilot:
+        await answered(pilot, app)
+        text = squeezed(app)
+        assert "演示模型·不可用于诊疗" in text
+        assert "[摘录]" in text
+        assert "危险信号：出现任何一项立即转诊" in text
+        assert "肢体抖动" in text
+        assert "^Q退出" in text
+        assert all(len(row) <= size[0] for row in screen_text(app))
+        assert app.screen.query_one(Composer).region.bottom < size[1]
+        assert app.screen.query_one(Transcript).region.height >= 8
+
+
+async def test_evidence_moves_from_the_side_to_the_bottom_and_folds() -> None:
+    app = app_of()
+    async with app.run_test(size=(120, 36)) as pilot:
+        await answered(pilot, app)
+        panel, transcript = app.screen.query_one(EvidencePanel), app.screen.query_one(Transcript)
+        assert panel.region.x == transcript.region.right
+        assert "已引用" in squeezed(app)
+        await pilot.resize_terminal(60, 20)
+        await until(lambda: panel.region.y == transcript.region.bottom)
+        assert "已引用" not in squeezed(app)
+        await pilot.press("f3")
+        await until(lambda: "已引用" in squeezed(app))
+        assert transcript.region.height >= 3
+        await pilot.resize_terminal(120, 36)
+        await until(lambda: panel.region.x == transcript.region.right)
+
+
+async def test_danger_signs_belong_to_the_cited_card_only_and_appear_while_it_is_written() -> None:
+    hold = threading.Event()
+    other = passage(2, title="发热")
+    app = app_of(Script(passages=(passage(1), other), cited=(2,), text="根据资料[2]：\n", hold=hold))
+    async with app.run_test(size=(120, 36)):
+        await until(lambda: app.consultation.session)
+        app.consultation.ask("问题")
+        flags = app.screen.query_one(RedFlags)
+        await until(lambda: flags.display and "发热" in str(flags.render()))
+        assert app.consultation.running is not None
+        assert "手足口病" not in str(flags.render())
+        hold.set()
+        await until(lambda: app.consultation.running is None)
+
+
+async def test_no_citation_no_danger_box_and_no_passage_is_said() -> None:
+    app = app_of(Script(passages=(), cited=(), text="资料中没有相关内容，请咨询医生。\n"))
+    async with app.run_test(size=(120, 36)) as pilot:
+        await answered(pilot, app)
+        assert not app.screen.query_one(RedFlags).display
+        assert "资料库里没有找到相关条目" in squeezed(app)
+
+
+async def test_ascii_mode_draws_no_box_lines() -> None:
+    app = app_of(ascii_only=True)
+    async with app.run_test(size=(120, 36)) as pilot:
+        await answered(pilot, app)
+        await pilot.press("f1")
+        await pilot.pause()
+        drawn = {character for row in screen_text(app) for character in row}
+        assert not {character for character in drawn if "\u2500" <= character <= "\u259f"}
+
+
+@pytest.mark.parametrize("size", [(60, 20), (120, 36)])
+async def test_dangerous_text_is_shown_as_text(size: tuple[int, int]) -> None:
+    app = app_of(Script(text=printable(DANGEROUS) + "\n", error=DANGEROUS, stop_reason="error"))
+    async with app.run_test(size=size) as pilot:
+        await until(lambda: app.consultation.session)
+        app.screen.query_one(Composer).insert(DANGEROUS)
+        await pilot.press("enter")
+        await until(lambda: app.consultation.query_one(Transcript).answers)
+        await until(lambda: app.consultation.running is None)
+        transcript = app.consultation.query_one(Transcript)
+        transcript.scroll_home(animate=False)
+        await pilot.pause()
+        rows = screen_text(app)
+        assert any("[bold red]粗体[/]" in row for row in rows)
+        assert not any(character < " " or character in "\x7f\u202e" for row in rows for character in row)
+        assert app.is_running
+
+
+async def test_pasted_escape_sequences_do_not_reach_the_text_area() -> None:
+    app = app_of()
+    async with app.run_test(size=(80, 24)) as pilot:
+        composer = app.screen.query_one(Composer)
+        app.post_message(Paste("发热\x1b[31m\r\n三天\x00"))
+        await until(lambda: composer.text)
+        await pilot.pause()
+        assert composer.text == "发热[31m\n三天"
+
+
+async def test_the_end_is_followed_only_while_the_user_is_there() -> None:
+    hold = threading.Event()
+    long = "孩子发热时多喝水，注意精神和尿量。\n" * 40
+    app = app_of(Script(text=long), Script(text=TEXT + long, hold=hold))
+    async with app.run_test(size=(80, 24)) as pilot:
+        await answered(pilot, app)
+        transcript = app.screen.query_one(Transcript)
+        await until(lambda: transcript.max_scroll_y > 0 and transcript.scroll_y == transcript.max_scroll_y)
+        app.consultation.ask("第二个问题")
+        await until(lambda: app.consultation.running and app.consultation.running.text.endswith(long))
+        await until(lambda: transcript.scroll_y == transcript.max_scroll_y)
+        await pilot.press("pageup")
+        await until(lambda: transcript.scroll_y < transcript.max_scroll_y - 2)
+        place, end = transcript.scroll_y, transcript.max_scroll_y
+        hold.set()
+        await until(lambda: app.consultation.running is None)
+        transcript.answers[-1].styles.height = 200  # more text below
+        await until(lambda: transcript.max_scroll_y > end)
+        await pilot.pause()
+        assert transcript.scroll_y == place
+        for _ in range(20):
+            await pilot.press("pagedown")
+        await until(lambda: transcript.scroll_y == transcript.max_scroll_y)
+        assert transcript.follow
+
+
+async def test_an_earlier_answer_can_be_looked_at_again() -> None:
+    app = app_of(Script(), Script(passages=(passage(1, title="发热"),), text="根据资料[1]：\n"))
+    async with app.run_test(size=(120, 36)) as pilot:
+        await answered(pilot, app)
+        await answered(pilot, app, "第二问")
+        flags = app.screen.query_one(RedFlags)
+        assert "发热" in str(flags.render())
+        await pilot.press("ctrl+up")
+        await until(lambda: "手足口病" in str(flags.render()))
+        await pilot.press("ctrl+down")
+        await until(lambda: "手足口病" not in str(flags.render()))
+
+
+def test_citations_count_only_for_known_passages() -> None:
+    assert cited_numbers("见[2]和[1]、[2]、[7]，数组[99]", (1, 2, 3)) == (2, 1)
+
+
+def test_answer_content_marks_repeated_and_unknown_sentences_once() -> None:
+    content = answer_content("甲。\n乙[1]。\n丙。\n", (1,), ("丙。", "甲。", "没有这句。", "甲。"))
+    assert content.plain == "甲。（资料未支持）\n乙[1]。\n丙。（资料未支持）"
+    styled = {content.plain[span.start : span.end] for span in content.spans}
+    assert styled == {"甲。", "丙。", "（资料未支持）", "[1]"}
