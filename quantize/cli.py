@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from quantize.errors import BadInput
+from quantize.run_folder import NAME
 
 QUANTS = ("Q8_0", "Q4_K_M", "Q5_K_M", "Q6_K", "Q4_0", "IQ4_XS", "F16", "BF16", "F32")
 MERGES = ("usage", "uniform", "universal")
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
         with _progress(console) as progress:
             result = export.export(options, progress)
     except BadInput as error:
-        console.print(str(error), style="red", markup=False, highlight=False)
+        console.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
     except ModuleNotFoundError as error:
         console.print(
@@ -110,7 +110,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _name(text: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", text):
+    if not NAME.fullmatch(text):
         raise argparse.ArgumentTypeError("use up to 64 letters, digits, '.', '_' or '-'")
     return text
 

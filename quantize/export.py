@@ -13,11 +13,12 @@ from typing import Any
 from quantize import architectures, distribution, header, publishing, quantizer, tokenizer, writer
 from quantize.architectures import Value
 from quantize.checkpoint import Checkpoint
+from quantize.errors import BadInput
 from quantize.experts import Adapter, Merge
 from quantize.fidelity import REFERENCE, Expected, Fidelity, Gate
 from quantize.merging import measure_merge
 from quantize.reference import Reference, collect, logits_bytes
-from quantize.run_folder import RunFolder
+from quantize.run_folder import NAME, RunFolder
 
 # (what is being done, done, total)
 Progress = Callable[[str, int, int], None]
@@ -48,6 +49,8 @@ def export(options: Options, progress: Progress) -> Result:
     """Converts, checks, and only then publishes. Raises BadInput; OSError for a failing disk becomes BadInput."""
     run = RunFolder.open(options.run)
     name = options.name or run.name
+    if not NAME.fullmatch(name):
+        raise BadInput(f"The run is called {name!r}, which makes no file name; choose one with --name.")
     output = options.output or Path("dist") / name
     targets = {quant: output / distribution.file_name(name, quant) for quant in options.quants}
     publishing.refuse_overwriting(output, list(targets.values()), options.force)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,7 @@ class Live:
     def __init__(self, checkpoint: Path, adapter: Path) -> None:
         transformers_logging.disable_progress_bar()
         transformers_logging.set_verbosity_error()
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
         self.tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
         base = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, local_files_only=True)
         self.model: Any = PeftModel.from_pretrained(base, adapter).eval()

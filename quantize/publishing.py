@@ -79,7 +79,9 @@ def disk_failures(output: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        # numpy reports a short write without an error number.
+        short_write = error.errno is None and "requested and" in str(error)
+        if short_write or error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise BadInput(f"The disk of {output} is full; free some space or choose another --output.") from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise BadInput(

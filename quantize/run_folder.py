@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 from quantize.errors import BadInput
 
 CONTRACT = 1
+# A model's name becomes file names.
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _ROLES = {"system", "user", "assistant"}
 _PROMPT_TYPES = {
     "system_prompt": str,

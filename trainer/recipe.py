@@ -51,6 +51,9 @@ class ModelRecipe(_Strict):
     key_value_heads: Positive
     head_dim: Positive
     context: Positive
+    rope_theta: Annotated[float, Field(gt=1)] = 1e6
+    # Start with copying heads already written into layers 0 and 1 (trainer/induction.py).
+    induction_heads: bool = False
 
 
 class StageRecipe(_Strict):

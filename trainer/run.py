@@ -32,6 +32,7 @@ from transformers import logging as transformers_logging
 from trainer import prompts
 from trainer.corpus.build import MANIFEST, build_corpus, is_current, sha256
 from trainer.corpus.record import Record, read_records
+from trainer.induction import write_induction_heads
 from trainer.mue import MueConfig
 from trainer.recipe import PROJECT, Recipe
 from trainer.report import plot_losses
@@ -182,7 +183,7 @@ def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCau
     """A Qwen3-architecture model with random weights."""
     shape = recipe.model
     set_seed(recipe.seed)
-    return Qwen3ForCausalLM(
+    model = Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=len(tokenizer),
             hidden_size=shape.hidden_size,
@@ -192,12 +193,16 @@ def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCau
             num_key_value_heads=shape.key_value_heads,
             head_dim=shape.head_dim,
             max_position_embeddings=shape.context,
+            rope_theta=shape.rope_theta,
             tie_word_embeddings=True,
             bos_token_id=None,
             eos_token_id=token_id(tokenizer, "<|im_end|>"),
             pad_token_id=token_id(tokenizer, "<|endoftext|>"),
         )
     )
+    if shape.induction_heads:
+        write_induction_heads(model, recipe.seed)
+    return model
 
 
 def _load(folder: Path) -> PreTrainedModel:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import time
 import unicodedata
@@ -12,18 +11,15 @@ from enum import StrEnum
 from string import Template
 from typing import Any, Literal
 
-from tui.engine.contract import ModelInfo, Phrases, Prompts
+from tui.engine.contract import ModelInfo, Prompts
 from tui.engine.process import Engine, EngineError
-from tui.engine.quote import QuotePassage, QuoteSpec, QuoteWeights
+from tui.engine.quote import QuoteWeights
 from tui.library import Library, Passage, SearchResult, Source
 from tui.library.support import unsupported
+from tui.quoting import quote_spec
 
 DEMONSTRATION_NOTICE = "演示模型，仅供演示，不可用于诊疗"
-_DIAGNOSIS_TURNS = 3
-_ASKS_WHO = re.compile(
-    "你是谁|你是什么|你叫什么|你是医生|你是不是|你是个|你是人|你能看病|你会看病|你能做什么|你会什么|机器人|人工智能|[Aa][Ii]"
-)
-_ASKS_PRESCRIPTION = re.compile("开处方|开药方|开个方|开个药|开点药|开一?些药|[给帮]我开")
+_EARLIER_TURNS = 2  # questions before this one whose evidence counts for a diagnosis
 StopReason = Literal["eos", "stopped", "length", "context", "error"]
 
 
@@ -174,8 +170,8 @@ class Consultation:
     def _ask(self, question: str) -> Iterator[Event]:
         begin, task = time.perf_counter(), self.task
         # Evidence comes in over several turns: what was said before still counts for the diagnosis.
-        asked = [*self._questions, question][-_DIAGNOSIS_TURNS:] if task is Task.DIAGNOSIS else [question]
-        found = self.library.search("，".join(asked), task=task.value)
+        earlier = self._questions[-_EARLIER_TURNS:] if task is Task.DIAGNOSIS else []
+        found = self.library.search(question, task=task.value, earlier=earlier)
         yield Found(found.passages, found.cards, found.confidence)
         turn = _Turn(question, task, self._mode or Mode.GROUNDED, found)
         try:
@@ -209,9 +205,7 @@ class Consultation:
         prompts = turn.prompts = info.prompts
         turn.content = turn.question
         if turn.mode is not Mode.FREE:
-            written = "".join(
-                prompts.passage(p.number, p.title, p.section, p.sentences) for p in turn.found.passages
-            )
+            written = "".join(prompts.passage(p.number, p.title, p.section, p.sentences) for p in turn.found.passages)
             turn.content = prompts.question(turn.question, written)
         request: dict[str, Any] = {
             "messages": [
@@ -284,35 +278,6 @@ class _Turn:
         )
 
 
-def quote_spec(prompts: Prompts, found: SearchResult, question: str, weights: QuoteWeights) -> QuoteSpec:
-    """What quote mode may say: the found passages, and the model's own fixed phrases."""
-    phrases = prompts.phrases
-    return QuoteSpec(
-        passages=tuple(
-            QuotePassage(
-                cite=Template(phrases.cite).substitute(number=passage.number),
-                weight=math.exp(passage.score / weights.search_temperature),
-                sentences=tuple(sentence + "\n" for sentence in passage.sentences),
-                sentence_weights=(1.0,) * len(passage.sentences),
-            )
-            for passage in found.passages
-        ),
-        refusal=phrases.refusal,
-        refusal_weight=1.0 - found.confidence,
-        openings=phrases.openings,
-        closings=phrases.closings,
-        identity=_about_itself(phrases, question),
-        weights=weights,
-    )
-
-
-def _about_itself(phrases: Phrases, question: str) -> str | None:
-    """The phrase for a question about who answers, or for a prescription; None for any other question."""
-    if _ASKS_WHO.search(question):
-        return phrases.identity
-    return phrases.prescription or None if _ASKS_PRESCRIPTION.search(question) else None
-
-
 def sanitised(text: str) -> str:
     """Text that cannot steer a terminal: no control characters but line feed and tab, no direction overrides."""
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs"))
@@ -331,6 +296,5 @@ __all__ = [
     "Reading",
     "Source",
     "Task",
-    "quote_spec",
     "sanitised",
 ]  # fmt: skip

@@ -14,7 +14,8 @@ from tui.widgets.text import answer_content, cited_numbers, printable
 from tui.widgets.transcript import Transcript
 
 DANGEROUS = (
-    "[bold red]粗体[/] [link=x] \x1b[31m红\x1b[0m \x1b]52;c;AAAA\x07 [@click=app.quit]点[/] \u202e反 " + "w" * 300
+    "[bold red]粗体[/] [link=x] \x1b[31m红\x1b[0m \x1b]52;c;AAAA\x07 [@click=app.quit]点[/] \u202e反 "
+DANGEROUS += "w" * 300
 )
 
 

@@ -3,6 +3,7 @@
 import random
 import re
 import time
+from itertools import pairwise
 
 import pytest
 from rich.cells import cell_len
@@ -40,7 +41,7 @@ NEVER_LAST = "（《「『【〈〔“‘(["
 
 def lines(text: str, width: int) -> list[str]:
     cuts = [0, *wrapping.divide_line(text, width), len(text)]
-    return [text[start:end].rstrip() for start, end in zip(cuts, cuts[1:], strict=False)]
+    return [text[start:end].rstrip() for start, end in pairwise(cuts)]
 
 
 @pytest.mark.parametrize("width", GOLDEN)

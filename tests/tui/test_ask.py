@@ -154,6 +154,7 @@ def test_unwritable_output_leaves_nothing(tiny_gguf: Path, tmp_path: Path) -> No
 
 
 def test_importing_the_commands_imports_nothing_heavy() -> None:
-    script = "import sys, tui.cli; print([m for m in ('numpy', 'textual', 'llama_cpp', 'yaml', 'jinja2') if m in sys.modules])"
+    heavy = "('numpy', 'textual', 'llama_cpp', 'yaml', 'jinja2')"
+    script = f"import sys, tui.cli; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, cwd=ROOT, env={**os.environ})
     assert done.stdout.decode().strip() == "[]"

@@ -17,7 +17,6 @@ from tui.consultation import (
     Mode,
     Reading,
     Task,
-    quote_spec,
     sanitised,
 )
 from tui.engine.contract import ModelInfo, Prompts
@@ -25,6 +24,7 @@ from tui.engine.process import Engine
 from tui.engine.quote import QuoteWeights
 from tui.library import Library
 from tui.library.support import quantities, unsupported
+from tui.quoting import quote_spec
 
 Finish = Callable[[Consultation, str], Answer]
 
@@ -89,7 +89,8 @@ def test_what_is_sent_is_the_contract(library: Library, finish: Finish) -> None:
     assert system["content"] == "你是儿科演示模型，不是医生。任务：治疗推荐。"
     passage = answer.passages[0]
     assert (passage.card_id, passage.section) == ("fever", "处理")
-    assert user["content"].startswith("资料\n[1]发热·处理：\n腋温38.5℃以上并且难受时，可用对乙酰氨基酚每次10～15mg/kg。\n")
+    first = "腋温38.5℃以上并且难受时，可用对乙酰氨基酚每次10～15mg/kg。"
+    assert user["content"].startswith(f"资料\n[1]发热·处理：\n{first}\n")
     assert user["content"].endswith("问题：发烧吃什么药")
     assert "quote" not in engine.requests[0]
     consultation.mode = Mode.FREE

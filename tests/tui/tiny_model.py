@@ -21,9 +21,9 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 TEXT = [
-    "发热的孩子要多喝水。", "孩子咳嗽要数一分钟呼吸次数。", "腹泻时每次稀便后喝口服补液盐。", "根据资料：", "您先别着急。",
-    "资料中没有相关内容，请咨询医生。", "如果情况加重，请及时就医。", "我是演示模型，不是医生。", "任务：知识问答。循证诊断。治疗推荐。问题：",
-    "system user assistant", "抗生素对病毒没有用，不常规使用抗生素。",
+    "发热的孩子要多喝水。", "孩子咳嗽要数一分钟呼吸次数。", "腹泻时每次稀便后喝口服补液盐。", "根据资料：",
+    "您先别着急。", "资料中没有相关内容，请咨询医生。", "如果情况加重，请及时就医。", "我是演示模型，不是医生。",
+    "任务：知识问答。循证诊断。治疗推荐。问题：", "system user assistant", "抗生素对病毒没有用，不常规使用抗生素。",
 ]  # fmt: skip
 HEADS, KV_HEADS, HEAD = 4, 2, 16
 
@@ -39,7 +39,10 @@ def make_tokenizer() -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=480, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=480,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(TEXT * 20, trainer)
     return tokenizer

@@ -14,7 +14,7 @@ def embedded_model(folder: Path = MODELS) -> Path:
     """Return the GGUF that ships with the app; raises EngineError when none is installed."""
     found = sorted(folder.glob("*.gguf"))
     if not found:
-        raise EngineError(f"没有找到内置模型（{folder} 中没有 .gguf 文件）。请重新安装，或用 --model 指定一个 GGUF 文件。")
+        raise EngineError(f"没有找到内置模型（{folder} 中没有 .gguf 文件），请重新安装，或用 --model 指定一个模型。")
     return found[0]
 
 

@@ -97,9 +97,7 @@ class Prompts:
     def passage(self, number: int, title: str, section: str, sentences: tuple[str, ...]) -> str:
         """One passage as it stands in the prompt, ending with a newline."""
         text = "".join(sentence + "\n" for sentence in sentences)
-        return Template(self.passage_template).substitute(
-            number=number, title=title, section=section, text=text
-        )
+        return Template(self.passage_template).substitute(number=number, title=title, section=section, text=text)
 
 
 _KEYS = tuple(item.name for item in dataclasses.fields(Prompts))

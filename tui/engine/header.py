@@ -184,7 +184,7 @@ def _check_usable(header: Header) -> None:
         raise EngineError(
             f"{name} 的架构是 {header.architecture or '未知'}，本程序支持 {'、'.join(ARCHITECTURES)}，请换一个模型。"
         )
-    tokens = metadata.get("tokenizer.ggml.tokens")
+    tokens: Any = metadata.get("tokenizer.ggml.tokens")
     checks: list[tuple[Callable[[], bool], str]] = [
         (lambda: 0 < header.number("block_count") <= MAX_LAYERS, "层数"),
         (lambda: header.number("embedding_length") > 0 and header.number("context_length") > 0, "尺寸"),

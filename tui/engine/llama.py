@@ -64,7 +64,8 @@ class Model:
         self.flag = flag
         self.decode_calls = 0
         self.kept: list[int] = []
-        self._model = C.llama_model_load_from_file(os.fsencode(header.path), C.llama_model_default_params())
+        # The handles are plain pointers; the bindings' own types tell nothing more.
+        self._model: Any = C.llama_model_load_from_file(os.fsencode(header.path), C.llama_model_default_params())
         if not self._model:
             raise EngineError(f"llama.cpp 不能加载 {header.path.name}，文件可能已损坏，请重新下载或换一个模型。")
         parameters = C.llama_context_default_params()
@@ -73,12 +74,12 @@ class Model:
         parameters.n_outputs_max = 1  # logits of the last row only: 6 MiB of buffer instead of 298
         parameters.n_threads = parameters.n_threads_batch = threads
         parameters.no_perf = True
-        self._context = C.llama_init_from_model(self._model, parameters)
+        self._context: Any = C.llama_init_from_model(self._model, parameters)
         if not self._context:
             raise EngineError(f"内存不够，无法为 {header.path.name} 分配上下文，请关闭其他程序或换一个更小的模型。")
         C.llama_set_abort_callback(self._context, flag.callback, flag.address)
-        self._memory = C.llama_get_memory(self._context)
-        self._vocabulary = C.llama_model_get_vocab(self._model)
+        self._memory: Any = C.llama_get_memory(self._context)
+        self._vocabulary: Any = C.llama_model_get_vocab(self._model)
         self.context = min(context, int(C.llama_n_ctx(self._context)))
         self.parameters = int(C.llama_model_n_params(self._model))
         self._size = int(C.llama_vocab_n_tokens(self._vocabulary))
@@ -116,9 +117,7 @@ class Model:
 
     def piece(self, token: int) -> bytes:
         """The bytes of a token; control tokens have none."""
-        size = C.llama_token_to_piece(
-            self._vocabulary, token, self._piece_buffer, len(self._piece_buffer), 0, False
-        )
+        size = C.llama_token_to_piece(self._vocabulary, token, self._piece_buffer, len(self._piece_buffer), 0, False)
         if size < 0:  # longer than the buffer: minus the size needed
             self._piece_buffer = ctypes.create_string_buffer(-size)
             return self.piece(token)

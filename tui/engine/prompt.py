@@ -91,9 +91,7 @@ class ChatTemplate:
     def _render(self, messages: Sequence[Message]) -> str:
         import jinja2
 
-        stand_ins = [
-            {"role": message.role, "content": _sentinel(index)} for index, message in enumerate(messages)
-        ]
+        stand_ins = [{"role": message.role, "content": _sentinel(index)} for index, message in enumerate(messages)]
         options: dict[str, Any] = {"add_generation_prompt": True, "enable_thinking": False, "tools": None}
         try:
             text = self._template.render(messages=stand_ins, **self._variables, **options)

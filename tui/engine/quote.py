@@ -187,9 +187,7 @@ class Grammar:
             i: passage.sentence_weights[i] * (self._spec.weights.follow if i == state.last + 1 else 1.0) for i in free
         }
         total = sum(mass.values()) or 1.0
-        return [
-            Piece("sentence", self._tokens[passage.sentences[i]], mass[i] / total, i, state.passage) for i in free
-        ]
+        return [Piece("sentence", self._tokens[passage.sentences[i]], mass[i] / total, i, state.passage) for i in free]
 
     def _cites(self, mass: float, state: State, but: int = -1) -> list[Piece]:
         """Cites of the passages that still have an unused sentence, sharing `mass` by their weights."""

@@ -22,7 +22,6 @@ _SHORTEST_LOOP = 16  # tokens that must repeat before it counts as a loop
 _LONGEST_PERIOD = 80  # tokens
 
 
-
 class ContextFull(EngineError):
     """The question and its passages alone do not fit into the context."""
 
@@ -70,9 +69,7 @@ class Session:
         """Tokens of the prompt; drops the oldest whole turns until it and an answer fit into the context."""
         room = self._model.context - min(limit, self._model.context // 4)
         while True:
-            tokens = self._template.tokens(
-                [Message(m["role"], m["content"], self._known(m)) for m in messages]
-            )
+            tokens = self._template.tokens([Message(m["role"], m["content"], self._known(m)) for m in messages])
             turn.prompt_tokens = len(tokens)
             if len(tokens) <= room:
                 return tokens
@@ -211,4 +208,3 @@ def is_loop(tokens: Sequence[int]) -> bool:
         if need <= len(tokens) and all(tokens[-i] == tokens[-i - period] for i in range(1, need - period + 1)):
             return True
     return False
-

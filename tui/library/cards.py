@@ -93,10 +93,8 @@ def _card(path: Path, metadata: Mapping[str, Any], body: str) -> Card:
     """Build a card from parsed parts; raises ValueError with the cause."""
     if not metadata:
         raise ValueError("front matter between two lines '---' is missing.")
-    text = {name: _string(metadata, name) for name in ("id", "title", "english", "ages")}
-    if text["id"] != path.stem:
-        raise ValueError(f"id {text['id']!r} differs from the file name.")
-    lists = {name: _strings(metadata, name) for name in ("synonyms", "symptoms", "red_flags")}
+    if (identity := _string(metadata, "id")) != path.stem:
+        raise ValueError(f"id {identity!r} differs from the file name.")
     sources = {source.key: source for source in _sources(metadata)}
     parts = _HEADING.split(body)
     if parts[0].strip():
@@ -114,7 +112,18 @@ def _card(path: Path, metadata: Mapping[str, Any], body: str) -> Card:
             raise ValueError(f"section {heading!r} is empty.")
     if not sections:
         raise ValueError("there is no '## ' section.")
-    card = Card(**text, **lists, sources=tuple(sources.values()), sections=sections, citations=citations)
+    card = Card(
+        id=identity,
+        title=_string(metadata, "title"),
+        english=_string(metadata, "english"),
+        ages=_string(metadata, "ages"),
+        synonyms=_strings(metadata, "synonyms"),
+        symptoms=_strings(metadata, "symptoms"),
+        red_flags=_strings(metadata, "red_flags"),
+        sources=tuple(sources.values()),
+        sections=sections,
+        citations=citations,
+    )
     _refuse_control_characters(card)
     return card
 

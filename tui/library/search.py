@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import sqlite3
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from tui.library.cards import CARDS, Card, Source, load_cards
 from tui.library.words import bigrams, normalise, spaced, vocabulary
 
 _MOST_PHRASES = 100
+_CLEAR = 0.6  # share of a lay symptom phrase that counts as describing it clearly
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class SearchWeights:
     repeat: float = 0.7  # taken off for each passage already chosen from the same card ...
     repeat_named: float = 0.2  # ... when its name stands in the question
     # confidence: a logistic function
-    bias: float = -3.2
+    bias: float = -2.6
     sure_named: float = 2.5
     sure_cover: float = 4.5  # share of the question's information that the best card knows
     sure_symptom: float = 1.5
@@ -78,15 +79,16 @@ class Library:
         self.weights = weights or SearchWeights()
         self._rows = [(card, heading) for card in cards.values() for heading in card.sections]
         self._names: dict[str, set[str]] = defaultdict(set)  # normalised name -> card ids
-        self._phrases: list[tuple[str, set[str]]] = []  # (card id, bigrams of one lay symptom)
+        self._lay: list[tuple[str, str]] = []  # (card id, one lay symptom, normalised)
         self._knows: dict[str, set[str]] = defaultdict(set)  # bigram -> ids of the cards that contain it
         for card in cards.values():
             for name in card.names:
                 self._names[normalise(name)].add(card.id)
-            self._phrases += [(card.id, bigrams(normalise(symptom))) for symptom in card.symptoms]
+            self._lay += [(card.id, normalise(symptom)) for symptom in card.symptoms]
             texts = [*card.names, *card.symptoms, *card.red_flags]
             for bigram in bigrams(normalise("，".join(texts + ["".join(s) for s in card.sections.values()]))):
                 self._knows[bigram].add(card.id)
+        self._phrases = [(card_id, bigrams(symptom)) for card_id, symptom in self._lay]
         self._index = self._build()
 
     @classmethod
@@ -98,23 +100,25 @@ class Library:
         """One section of a card as a passage; raises KeyError when there is none."""
         card = self.cards[card_id]
         sources = card.citations[section] or card.sources
-        return Passage(
-            number, card.id, card.title, section, card.sections[section], sources, card.red_flags, score
-        )
+        return Passage(number, card.id, card.title, section, card.sections[section], sources, card.red_flags, score)
 
-    def search(self, question: str, limit: int = 3, *, task: str = "knowledge") -> SearchResult:
-        """The best passages for a question (of one consultation task), numbered from 1 in order of score."""
+    def search(
+        self, question: str, limit: int = 3, *, task: str = "knowledge", earlier: Sequence[str] = ()
+    ) -> SearchResult:
+        """The best passages for a question (of one consultation task), numbered from 1 in order of score.
+
+        `earlier` questions of the same consultation add evidence; what is asked for stands in the question.
+        """
         words, weights = vocabulary(), self.weights
-        text = normalise(question)
+        text = normalise("，".join([*earlier, question]))
         asked = words.informative(text)
         named = self._named(text, asked)
         symptom = self._symptoms(asked)
         wording = self._wording(asked)
         evidence = {
-            card: weights.named * named.get(card, 0.0) + weights.symptom * symptom.get(card, 0.0)
-            for card in self.cards
+            card: weights.named * named.get(card, 0.0) + weights.symptom * symptom.get(card, 0.0) for card in self.cards
         }
-        intent, prior = words.intent(text), words.prior(task)
+        intent, prior = words.intent(normalise(question)), words.prior(task)
         if any(intent.values()) and task == "knowledge":
             prior = {}
         scores: dict[tuple[str, str], float] = {}
@@ -133,6 +137,20 @@ class Library:
         )
         confidence = self._confidence(text, asked, named, symptom, cards)
         return SearchResult(passages, cards, round(confidence, 4))
+
+    def _without_names(self, text: str, symptom: dict[str, float]) -> str:
+        """The question without names of cards, nor words of a card whose lay symptom it clearly describes.
+
+        What the library itself speaks of (儿童免疫程序, 八岁不到来月经) is not foreign to it.
+        """
+        own = [name for name in self._names if len(name) > 1 and name in text]
+        clear = {card for card, share in symptom.items() if share >= _CLEAR}
+        own += [phrase for card, phrase in self._lay if card in clear and bigrams(phrase) & bigrams(text)]
+        found = vocabulary().foreign.findall(text)
+        for word in found:
+            if any(word in phrase for phrase in own):
+                text = text.replace(word, " ")
+        return text
 
     def _build(self) -> sqlite3.Connection:
         index = sqlite3.connect(":memory:", check_same_thread=False)
@@ -174,11 +192,7 @@ class Library:
 
     def _named(self, text: str, asked: set[str]) -> dict[str, float]:
         """Card id -> 0..1 for each name standing in the question; a name inside a longer name does not count."""
-        spans = [
-            (start, start + len(name), name)
-            for name in self._names
-            for start in _occurrences(name, text)
-        ]
+        spans = [(start, start + len(name), name) for name in self._names for start in _occurrences(name, text)]
         found: dict[str, float] = {}
         for start, end, name in spans:
             if any(a <= start and end <= b and b - a > end - start for a, b, _ in spans):
@@ -241,7 +255,7 @@ class Library:
             + weights.sure_cover * cover
             + weights.sure_symptom * max(symptom.values(), default=0.0)
             + weights.sure_child * words.about_child(text)
-            + weights.sure_foreign * words.foreign_words(text)
+            + weights.sure_foreign * words.foreign_words(self._without_names(text, symptom))
         )
         return 1.0 / (1.0 + math.exp(-logit)) if cards else 0.0
 

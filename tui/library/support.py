@@ -1,4 +1,4 @@
-"""What a free answer may say because a passage says it: wording by character pairs, numbers with their units exactly."""
+"""What a free answer may say because a passage says it: wording by character pairs, numbers with units exactly."""
 
 from __future__ import annotations
 
@@ -44,9 +44,7 @@ def unsupported(text: str, passages: Iterable[Sequence[str]], known: Iterable[st
         pairs, numbers = bigrams(normalise(sentence)), quantities(sentence)
         if normalise(sentence) in fixed or (len(sentence) < _SHORTEST and not numbers):
             continue
-        supported = any(
-            numbers <= figures and len(pairs & words) >= _SHARE * len(pairs) for words, figures in sources
-        )
+        supported = any(numbers <= figures and len(pairs & words) >= _SHARE * len(pairs) for words, figures in sources)
         if not supported:
             doubtful.append(sentence)
     return tuple(doubtful)

@@ -14,6 +14,7 @@ _FOLDER = Path(__file__).parent
 _RUN = re.compile(r"[\u3400-\u9fff]+|[a-z][a-z0-9]*")
 _AGE = re.compile(r"(\d{1,3})\s*(?:多\s*)?(?:周?岁|years?)")
 _QUANTITY = re.compile(r"[\d一二两三四五六七八九十半几]+\.?\d*\s*(?:个多月|个月|周岁|岁半|岁多|岁|天|周|月|度|次|年)")
+_CHINESE_TENS = re.compile(r"[二三四五六七八九]十[一二三四五六七八九]?(?:多|来|几)?岁")
 _ADULT = 18  # years
 
 
@@ -47,6 +48,8 @@ class Vocabulary:
     """The word lists of sections.yaml and words.yaml."""
 
     sections: Mapping[str, Mapping[str, Any]]  # heading -> {words, tasks}
+    same: Mapping[str, str]  # dialect -> standard word
+    dialect: re.Pattern[str]  # the keys of `same`
     stop: re.Pattern[str]
     child: re.Pattern[str]
     foreign: re.Pattern[str]
@@ -65,6 +68,7 @@ class Vocabulary:
 
     def intent(self, question: str) -> dict[str, float]:
         """Per section 0..1: how clearly a normalised question asks for it (the clearest asked has 1)."""
+        question = self.dialect.sub(lambda found: self.same[found[0]], question)
         score = {
             heading: max((len(word) ** 2 for word in entry["words"] if word in question), default=0)
             for heading, entry in self.sections.items()
@@ -78,7 +82,8 @@ class Vocabulary:
 
 
 def _ages(question: str) -> list[int]:
-    return [int(age) for age in _AGE.findall(question)]
+    # 四十五岁: two or more tens in Chinese numerals are always adult
+    return [int(age) for age in _AGE.findall(question)] + [20 for _ in _CHINESE_TENS.findall(question)]
 
 
 def _pattern(words: Iterable[str]) -> re.Pattern[str]:
@@ -97,4 +102,6 @@ def vocabulary() -> Vocabulary:
         return yaml.load((_FOLDER / name).read_text(encoding="utf-8"), Loader=loader)
 
     words = read("words.yaml")
-    return Vocabulary(read("sections.yaml"), *(_pattern(words[name]) for name in ("stop", "child", "foreign")))
+    return Vocabulary(
+        read("sections.yaml"), words["same"], *(_pattern(words[name]) for name in ("same", "stop", "child", "foreign"))
+    )

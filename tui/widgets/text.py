@@ -14,8 +14,8 @@ UNSUPPORTED = "（资料未支持）"
 
 
 def printable(text: str) -> str:
-    """Return ``text`` without control, escape and direction-changing characters; line ends become ``\\n``."""
-    return _CONTROL.sub("", text.replace("\r\n", "\n").replace("\r", "\n").expandtabs(4))
+    """Return ``text`` without control, escape and direction-changing characters, with line feeds only."""
+    return sanitised("\n".join(text.splitlines()).expandtabs(4))
 
 
 def cited_numbers(text: str, known: Iterable[int]) -> tuple[int, ...]:

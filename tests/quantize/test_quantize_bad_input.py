@@ -40,6 +40,7 @@ def cut(name: str, size: int) -> Damage:
 
 MODEL, ADAPTER = "3-dfpo/model.safetensors", "4-mue/adapter_model.safetensors"
 UP = "base_model.model.model.layers.0.mlp.up_proj.mue_"
+ROWS = {"A": 8, "route": 3, "noise": 3}
 TOKENIZER, CONFIG = "3-dfpo/tokenizer.json", "3-dfpo/config.json"
 CASES: dict[str, tuple[Damage, str]] = {
     "missing tensor": (edit_tensors(MODEL, lambda t: t.pop("model.layers.0.mlp.up_proj.weight")), "is missing"),
@@ -58,13 +59,13 @@ CASES: dict[str, tuple[Damage, str]] = {
     "adapter of another base": (
         edit_tensors(
             ADAPTER,
-            lambda t: t.update({f"{UP}{p}.weight": np.zeros((n, 32), np.float32) for p, n in (("A", 8), ("route", 3), ("noise", 3))}),
+            lambda t: t.update({f"{UP}{p}.weight": np.zeros((n, 32), np.float32) for p, n in ROWS.items()}),
         ),
         "does not fit the model",
     ),
     "foreign adapter tensor": (edit_tensors(ADAPTER, lambda t: t.update(x=np.zeros((1, 1), np.float32))), "no part"),
     "wrong rank": (edit_json("4-mue/adapter_config.json", lambda c: c.update(r=3)), "of rank 3"),
-    "another architecture": (edit_json(CONFIG, lambda c: c.update(architectures=["GPT2LMHeadModel"])), "GPT2LMHeadModel"),
+    "another architecture": (edit_json(CONFIG, lambda c: c.update(architectures=["GPT2Model"])), "GPT2Model"),
     "no rope theta": (edit_json(CONFIG, lambda c: c.pop("rope_parameters")), "rope_theta"),
     "scaled rope": (edit_json(CONFIG, lambda c: c["rope_parameters"].update(rope_type="yarn")), "yarn"),
     "no head_dim": (edit_json(CONFIG, lambda c: c.update(head_dim=None)), "head_dim"),
@@ -94,6 +95,7 @@ CASES: dict[str, tuple[Damage, str]] = {
         "marks no assistant tokens",
     ),
     "unknown contract": (edit_json("prompts.json", lambda p: p.update(contract=9)), "contract 9"),
+    "name that is a path": (edit_json("run.json", lambda r: r.update(name="../x")), "--name"),
     "prompts incomplete": (edit_json("prompts.json", lambda p: p.pop("phrases")), "phrases"),
     "broken JSON": (lambda run: (run / "run.json").write_text("{"), "not readable JSON"),
     "wrong encoding": (lambda run: (run / "prompts.json").write_bytes("{儿}".encode("gb18030")), "not readable JSON"),

@@ -110,7 +110,7 @@ def test_losses_are_those_of_the_assistant_tokens(tiny: Path) -> None:
         labels = torch.tensor([[i if mark else -100 for i, mark in zip(dialogue.ids, dialogue.assistant, strict=True)]])
         tokens = sum(dialogue.assistant)
         loss = model(input_ids=torch.tensor([dialogue.ids]), labels=labels).loss
-        total, count = total + float(loss) * tokens, count + tokens
+        total, count = total + loss.item() * tokens, count + tokens
     assert live.base_loss(dialogues, lambda: None) == pytest.approx(total / count, abs=1e-5)
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from quantize import cli, header
 
@@ -121,6 +123,23 @@ def test_refuses_then_replaces_an_existing_export(
     # The first file would no longer be covered by the checksums.
     assert not (output / "model-F16.gguf").exists()
     assert (output / "model-Q8_0.gguf").stat().st_size < len(before)
+
+
+def test_generation_ends_where_the_source_ends(
+    make: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("quantize.reference._GREEDY_TOKENS", 48)
+    run = make(tmp_path / "run", tied=False, seed=3)
+    file = run / "3-dfpo/model.safetensors"
+    tensors = load_file(file)
+    # A row long enough to win as soon as its sign is right: every answer ends after a few tokens.
+    tensors["lm_head.weight"][2] *= 4
+    save_file(tensors, file)
+    assert cli.main([str(run), "--output", str(tmp_path / "dist"), "--json"]) == 0
+    gates = {(g["name"], g["file"]): g for g in json.loads(capsys.readouterr().out)["gates"]}
+    assert gates["generation_ends", "F32"]["detail"] == "4 of 4 greedy answers end by themselves, Hugging Face 4"
+    assert gates["generation_ends", "Q8_0"]["value"] > 0
+    assert gates["eos_after_answer", "F32"]["passed"]
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:

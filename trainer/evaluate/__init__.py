@@ -1,0 +1,1 @@
+"""Measuring a model through the same door as its users: `pediatricsgpt ask --batch`."""

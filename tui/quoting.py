@@ -1,0 +1,45 @@
+"""From a search result to what quote mode may say: the passages' sentences and the model's own fixed phrases."""
+
+from __future__ import annotations
+
+import math
+import re
+from string import Template
+
+from tui.engine.contract import Phrases, Prompts
+from tui.engine.quote import QuotePassage, QuoteSpec, QuoteWeights
+from tui.library import SearchResult
+
+_ASKS_WHO = re.compile(
+    "你是谁|你是什么|你叫什么|你是医生|你是不是|你是个|你是人|你能看病|你会看病|你能做什么|你会什么|机器人|人工智能|[Aa][Ii]"
+)
+_ASKS_PRESCRIPTION = re.compile("开处方|开药方|开个方|开个药|开点药|开一?些药|[给帮]我开")
+
+
+def quote_spec(prompts: Prompts, found: SearchResult, question: str, weights: QuoteWeights) -> QuoteSpec:
+    """What quote mode may say: the found passages, and the model's own fixed phrases."""
+    phrases = prompts.phrases
+    return QuoteSpec(
+        passages=tuple(
+            QuotePassage(
+                cite=Template(phrases.cite).substitute(number=passage.number),
+                weight=math.exp(passage.score / weights.search_temperature),
+                sentences=tuple(sentence + "\n" for sentence in passage.sentences),
+                sentence_weights=(1.0,) * len(passage.sentences),
+            )
+            for passage in found.passages
+        ),
+        refusal=phrases.refusal,
+        refusal_weight=1.0 - found.confidence,
+        openings=phrases.openings,
+        closings=phrases.closings,
+        identity=_about_itself(phrases, question),
+        weights=weights,
+    )
+
+
+def _about_itself(phrases: Phrases, question: str) -> str | None:
+    """The phrase for a question about who answers, or for a prescription; None for any other question."""
+    if _ASKS_WHO.search(question):
+        return phrases.identity
+    return phrases.prescription or None if _ASKS_PRESCRIPTION.search(question) else None
