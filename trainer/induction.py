@@ -1,9 +1,9 @@
 """Initial weights that can already copy.
 
-A transformer of a few million parameters spends most of a short CPU training on finding its induction heads: on the
-random-token exercises of `stages/copying.py` the loss stays at the unigram entropy for hundreds of steps. The circuit is
-known (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"; Olsson et al. 2022), so it is written into
-the random weights instead of waited for, and training goes on from there:
+A transformer of a few million parameters spends most of a short CPU training on finding its induction heads: on
+the random-token exercises of `stages/copying.py` the loss stays at the unigram entropy for hundreds of steps. The
+circuit is known (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"; Olsson et al. 2022), so it
+is written into the random weights instead of waited for, and training goes on from there:
 
 - layer 0, head 0 looks one token back: every embedding gets a common direction c, and W_q c is W_k c rotated by RoPE's
   angle of one position, so the scores Σ_f cos θ_f(i−j−1) peak at the token before; it writes that token's embedding,
@@ -13,6 +13,8 @@ the random weights instead of waited for, and training goes on from there:
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from transformers import Qwen3ForCausalLM
@@ -36,20 +38,22 @@ def write_induction_heads(model: Qwen3ForCausalLM, seed: int) -> None:
     width = int(slow.sum())
     basis = torch.linalg.qr(torch.randn(hidden, 1 + width + size, generator=generator))[0].T
     common, written, read = basis[0], basis[1 : 1 + width], basis[1 + width :]
-    embedding = model.model.embed_tokens.weight
+    embedding: torch.Tensor = model.model.embed_tokens.weight  # type: ignore[assignment]
     embedding.copy_(torch.randn(embedding.shape, generator=generator) * _EMBEDDING)
     embedding.sub_(torch.outer(embedding @ common, common)).add_(common * _EMBEDDING * hidden**0.5 * _COMMON)
-    for layer in model.model.layers:
+    layers: Any = model.model.layers
+    for layer in layers:
         for output in (layer.self_attn.o_proj, layer.mlp.down_proj):
             output.weight.mul_(_DAMP)
-    first, second = (model.model.layers[index].self_attn for index in (0, 1))
+    first, second = (layers[index].self_attn for index in (0, 1))
     for attention in (first, second):
         for norm in (attention.q_norm, attention.k_norm):
             norm.weight.fill_(_SHARP)
         for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
             projection.weight[:size] = 0
         attention.o_proj.weight[:, :size] = 0
-    frequencies = model.model.rotary_emb.inv_freq.float().cpu()
+    rotary: Any = model.model.rotary_emb
+    frequencies = rotary.inv_freq.float().cpu()
     angle = torch.cat([frequencies, frequencies])
     key = fast.float()
     turned = torch.cat([-key[size // 2 :], key[: size // 2]])

@@ -193,7 +193,7 @@ def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCau
             num_key_value_heads=shape.key_value_heads,
             head_dim=shape.head_dim,
             max_position_embeddings=shape.context,
-            rope_theta=shape.rope_theta,
+            rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
             tie_word_embeddings=True,
             bos_token_id=None,
             eos_token_id=token_id(tokenizer, "<|im_end|>"),

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from textual.app import App
+from textual.pilot import Pilot
 
+from tui.app import ConsultationApp
 from tui.consultation import (
     Answer,
     Delta,
@@ -26,6 +28,8 @@ from tui.consultation import (
 )
 from tui.engine.contract import ModelInfo, Prompts
 from tui.screens.session import Session
+from tui.widgets.composer import Composer
+from tui.widgets.hint import HintLine
 
 SOURCE = Source(key="a-2018", title="手足口病诊疗指南", edition="2018", organisation="国家卫生健康委员会")
 SENTENCES = (
@@ -148,3 +152,25 @@ def screen_text(app: App[None]) -> list[str]:
     """What the terminal shows, one string per row."""
     strips = app.screen._compositor.render_strips()
     return ["".join(segment.text for segment in strip) for strip in strips]
+
+
+def app_of(*scripts: Script, **options: Any) -> tuple[ConsultationApp, ScriptedOpener]:
+    """An app over scripted turns; ``options`` go to the opener."""
+    opener = ScriptedOpener(ScriptedConsultation(list(scripts) or [Script()]), **options)
+    return ConsultationApp(opener), opener
+
+
+def shown(app: App[None]) -> str:
+    """The whole screen without blanks and line ends, so that alignment does not matter."""
+    return "".join("".join(row.split()) for row in screen_text(app))
+
+
+def hint(app: ConsultationApp) -> str:
+    """What the line above the composer says."""
+    return app.consultation.query_one(HintLine).text
+
+
+async def send(pilot: Pilot[None], text: str) -> None:
+    """Type ``text`` at once and press Enter."""
+    pilot.app.screen.query_one(Composer).insert(text)
+    await pilot.press("enter")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tui.scripted import screen_text, until
+from tests.tui.scripted import shown, until
 from tui.app import ConsultationApp
 from tui.consultation import Mode, Task
 from tui.engine.process import Engine
@@ -22,10 +22,6 @@ def app_on(model: Path, mode: Mode | None = None) -> ConsultationApp:
     return ConsultationApp(opener, mode=mode)
 
 
-def squeezed(app: ConsultationApp) -> str:
-    return "".join("".join(row.split()) for row in screen_text(app))
-
-
 def session_of(app: ConsultationApp) -> Session:
     assert app.consultation.session is not None
     return app.consultation.session
@@ -34,7 +30,7 @@ def session_of(app: ConsultationApp) -> Session:
 async def test_a_demonstration_model_quotes_the_passages(tiny_gguf: Path) -> None:
     app = app_on(tiny_gguf)
     async with app.run_test(size=(120, 36)) as pilot:
-        app.screen.query_one(Composer).insert("手足口病怎么护理")
+        app.screen.query_one(Composer).insert("毛细支气管炎怎么护理")
         await pilot.press("enter")
         await until(lambda: app.consultation.query_one(Transcript).answers, seconds=5)
         turn = app.consultation.query_one(Transcript).answers[0]
@@ -47,8 +43,8 @@ async def test_a_demonstration_model_quotes_the_passages(tiny_gguf: Path) -> Non
         quoted = [line for line in turn.text.splitlines() if line in reviewed]
         assert bool(quoted) == bool(turn.cited)
         assert turn.passages
-        assert "演示模型·不可用于诊疗" in squeezed(app)
-        assert turn.passages[0].title in squeezed(app)
+        assert "演示模型·不可用于诊疗" in shown(app)
+        assert turn.passages[0].title in shown(app)
 
 
 async def test_stop_ends_a_running_answer_quickly(big_gguf: Path) -> None:
@@ -64,7 +60,7 @@ async def test_stop_ends_a_running_answer_quickly(big_gguf: Path) -> None:
         await pilot.pause()
         assert turn.answer is not None
         assert turn.answer.stop_reason == "stopped"
-        assert "已停止·未完成，请勿据此用药" in squeezed(app)
+        assert "已停止·未完成，请勿据此用药" in shown(app)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
@@ -83,8 +79,8 @@ async def test_a_killed_engine_keeps_the_partial_answer_and_the_next_question_re
         await until(lambda: turn.ended, seconds=10)
         await pilot.pause()
         assert turn.text
-        assert "未完成，请勿据此用药" in squeezed(app)
-        assert "内存不够" in squeezed(app)
+        assert "未完成，请勿据此用药" in shown(app)
+        assert "内存不够" in shown(app)
 
         app.consultation.ask("再问一次")
         second = app.consultation.running
@@ -102,8 +98,8 @@ async def test_a_file_that_is_no_model_is_explained(tmp_path: Path) -> None:
     async with app.run_test(size=(80, 24)) as pilot:
         await until(lambda: app.consultation.load_failed, seconds=60)
         await pilot.pause()
-        assert "模型没有打开" in squeezed(app)
-        assert "broken.gguf" in squeezed(app) or "GGUF" in squeezed(app)
+        assert "模型没有打开" in shown(app)
+        assert "broken.gguf" in shown(app) or "GGUF" in shown(app)
 
 
 async def test_quitting_ends_the_child(tiny_gguf: Path) -> None:

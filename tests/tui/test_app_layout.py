@@ -1,12 +1,13 @@
 """What fits where: small terminals, no box lines, dangerous text, following the end."""
 
+import dataclasses
 import threading
 
 import pytest
 from textual.events import Paste
 from textual.pilot import Pilot
 
-from tests.tui.scripted import TEXT, Script, ScriptedConsultation, ScriptedOpener, passage, screen_text, until
+from tests.tui.scripted import TEXT, Script, ScriptedConsultation, ScriptedOpener, passage, screen_text, shown, until
 from tui.app import ConsultationApp
 from tui.widgets.composer import Composer
 from tui.widgets.evidence import EvidencePanel, RedFlags
@@ -14,8 +15,7 @@ from tui.widgets.text import answer_content, cited_numbers, printable
 from tui.widgets.transcript import Transcript
 
 DANGEROUS = (
-    "[bold red]粗体[/] [link=x] \x1b[31m红\x1b[0m \x1b]52;c;AAAA\x07 [@click=app.quit]点[/] \u202e反 "
-DANGEROUS += "w" * 300
+    "[bold red]粗体[/] [link=x] \x1b[31m红\x1b[0m \x1b]52;c;AAAA\x07 [@click=app.quit]点[/] \u202e反 " + "w" * 300
 )
 
 
@@ -31,16 +31,12 @@ async def answered(pilot: Pilot[None], app: ConsultationApp, question: str = "�
     await pilot.pause()
 
 
-def squeezed(app: ConsultationApp) -> str:
-    return "".join("".join(row.split()) for row in screen_text(app))
-
-
 @pytest.mark.parametrize("size", [(60, 20), (80, 24), (109, 30), (110, 30), (160, 50)])
 async def test_warning_mode_danger_signs_and_composer_are_visible_at_every_size(size: tuple[int, int]) -> None:
     app = app_of()
     async with app.run_test(size=size) as pilot:
         await answered(pilot, app)
-        text = squeezed(app)
+        text = shown(app)
         assert "演示模型·不可用于诊疗" in text
         assert "[摘录]" in text
         assert "危险信号：出现任何一项立即转诊" in text
@@ -57,12 +53,12 @@ async def test_evidence_moves_from_the_side_to_the_bottom_and_folds() -> None:
         await answered(pilot, app)
         panel, transcript = app.screen.query_one(EvidencePanel), app.screen.query_one(Transcript)
         assert panel.region.x == transcript.region.right
-        assert "已引用" in squeezed(app)
+        assert "已引用" in shown(app)
         await pilot.resize_terminal(60, 20)
         await until(lambda: panel.region.y == transcript.region.bottom)
-        assert "已引用" not in squeezed(app)
+        assert "已引用" not in shown(app)
         await pilot.press("f3")
-        await until(lambda: "已引用" in squeezed(app))
+        await until(lambda: "已引用" in shown(app))
         assert transcript.region.height >= 3
         await pilot.resize_terminal(120, 36)
         await until(lambda: panel.region.x == transcript.region.right)
@@ -76,11 +72,29 @@ async def test_danger_signs_belong_to_the_cited_card_only_and_appear_while_it_is
         await until(lambda: app.consultation.session)
         app.consultation.ask("问题")
         flags = app.screen.query_one(RedFlags)
-        await until(lambda: flags.display and "发热" in str(flags.render()))
+        await until(lambda: flags.display and "发热" in flags.text)
         assert app.consultation.running is not None
-        assert "手足口病" not in str(flags.render())
+        assert "手足口病" not in flags.text
         hold.set()
         await until(lambda: app.consultation.running is None)
+
+
+async def test_many_danger_signs_can_be_scrolled_where_they_do_not_fit() -> None:
+    many = tuple(
+        dataclasses.replace(
+            passage(number, title=f"疾病{number}"), red_flags=tuple(f"危险情况{number}之{i}" for i in range(9))
+        )
+        for number in (1, 2, 3)
+    )
+    app = app_of(Script(passages=many, cited=(1, 2, 3)))
+    async with app.run_test(size=(60, 20)) as pilot:
+        await answered(pilot, app)
+        flags = app.screen.query_one(RedFlags)
+        assert flags.text.count("之") == 27
+        assert flags.max_scroll_y > 0
+        assert flags.show_vertical_scrollbar
+        flags.scroll_end(animate=False)
+        await until(lambda: "危险情况3之8" in shown(app))
 
 
 async def test_no_citation_no_danger_box_and_no_passage_is_said() -> None:
@@ -88,7 +102,7 @@ async def test_no_citation_no_danger_box_and_no_passage_is_said() -> None:
     async with app.run_test(size=(120, 36)) as pilot:
         await answered(pilot, app)
         assert not app.screen.query_one(RedFlags).display
-        assert "资料库里没有找到相关条目" in squeezed(app)
+        assert "资料库里没有找到相关条目" in shown(app)
 
 
 async def test_ascii_mode_draws_no_box_lines() -> None:
@@ -161,11 +175,11 @@ async def test_an_earlier_answer_can_be_looked_at_again() -> None:
         await answered(pilot, app)
         await answered(pilot, app, "第二问")
         flags = app.screen.query_one(RedFlags)
-        assert "发热" in str(flags.render())
+        assert "发热" in flags.text
         await pilot.press("ctrl+up")
-        await until(lambda: "手足口病" in str(flags.render()))
+        await until(lambda: "手足口病" in flags.text)
         await pilot.press("ctrl+down")
-        await until(lambda: "手足口病" not in str(flags.render()))
+        await until(lambda: "手足口病" not in flags.text)
 
 
 def test_citations_count_only_for_known_passages() -> None:

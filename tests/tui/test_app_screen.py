@@ -1,52 +1,17 @@
-"""The consultation screen with a scripted consultation: asking, stopping, keys, failures."""
+"""The consultation screen with a scripted consultation: asking, stopping, waiting, failing."""
 
 import threading
 
 import pytest
-from textual.pilot import Pilot
 
-from tests.tui.scripted import (
-    SENTENCES,
-    TEXT,
-    Script,
-    ScriptedConsultation,
-    ScriptedOpener,
-    screen_text,
-    until,
-)
-from tui.app import ConsultationApp
+from tests.tui.scripted import SENTENCES, TEXT, Script, app_of, hint, send, shown, until
 from tui.consultation import Mode, Task
 from tui.engine import EngineError
 from tui.screens.answering import TextBuffer
-from tui.screens.confirm import ConfirmScreen
-from tui.screens.consultation import ConsultationScreen
-from tui.screens.help import HelpScreen
 from tui.widgets.composer import Composer
-from tui.widgets.hint import HintLine
 from tui.widgets.transcript import Transcript
-from tui.widgets.welcome import Welcome
 
 SIZE = (120, 36)
-
-
-def app_of(*scripts: Script, **options: object) -> tuple[ConsultationApp, ScriptedOpener]:
-    opener = ScriptedOpener(ScriptedConsultation(list(scripts) or [Script()]), **options)  # type: ignore[arg-type]
-    return ConsultationApp(opener), opener
-
-
-def shown(app: ConsultationApp) -> str:
-    """The whole screen without blanks and line ends, so that wrapping does not matter."""
-    return "".join("".join(row.split()) for row in screen_text(app))
-
-
-def hint(screen: ConsultationScreen) -> str:
-    return screen.query_one(HintLine).text
-
-
-async def send(pilot: Pilot[None], text: str) -> None:
-    screen = pilot.app.screen
-    screen.query_one(Composer).insert(text)
-    await pilot.press("enter")
 
 
 async def test_a_question_is_answered_with_its_label_evidence_and_danger_signs() -> None:
@@ -138,7 +103,7 @@ async def test_empty_input_is_not_sent_and_newline_does_not_send() -> None:
         await until(lambda: app.consultation.session)
         composer = app.screen.query_one(Composer)
         await pilot.press("space", "enter")
-        await until(lambda: "请先输入问题" in hint(app.consultation))
+        await until(lambda: "请先输入问题" in hint(app))
         composer.clear()
         await pilot.press("a", "ctrl+j", "b")
         assert composer.text == "a\nb"
@@ -166,7 +131,7 @@ async def test_a_question_typed_while_loading_waits_and_escape_takes_it_back() -
     async with app.run_test(size=SIZE) as pilot:
         await send(pilot, "先输入的问题")
         await until(lambda: app.consultation.running is not None)
-        assert "加载好后自动发送" in hint(app.consultation)
+        assert "加载好后自动发送" in hint(app)
         await pilot.press("escape")
         await until(lambda: app.consultation.running is None)
         assert app.screen.query_one(Composer).text == "先输入的问题"
@@ -186,7 +151,7 @@ async def test_a_second_question_waits_in_the_composer_while_one_is_answered() -
         await send(pilot, "一")
         await until(lambda: opener.consultation.asked)
         await send(pilot, "二")
-        await until(lambda: "Esc 停止后再发送" in hint(app.consultation))
+        await until(lambda: "Esc 停止后再发送" in hint(app))
         assert app.screen.query_one(Composer).text == "二"
         hold.set()
         await until(lambda: app.consultation.running is None)
@@ -202,7 +167,7 @@ async def test_load_failure_shows_cause_and_remedy_and_can_be_retried() -> None:
         assert "模型没有打开" in shown(app)
         assert "缺少12MB。请重新复制这个文件。" in shown(app)
         await send(pilot, "问题")
-        await until(lambda: "不能发送" in hint(app.consultation))
+        await until(lambda: "不能发送" in hint(app))
         assert app.screen.query_one(Composer).text == "问题"
         await pilot.press("f5")
         await until(lambda: app.consultation.session)
@@ -221,153 +186,6 @@ async def test_a_waiting_question_comes_back_when_loading_fails() -> None:
         gate.set()
         await until(lambda: app.consultation.load_failed and app.consultation.running is None)
         assert app.screen.query_one(Composer).text == "等待的问题"
-
-
-async def test_new_consultation_clears_everything_and_asks_first_while_answering() -> None:
-    hold = threading.Event()
-    app, opener = app_of(Script(), Script(hold=hold))
-    async with app.run_test(size=SIZE) as pilot:
-        await until(lambda: app.consultation.session)
-        await send(pilot, "一")
-        await until(lambda: opener.consultation.asked and app.consultation.running is None)
-        await pilot.press("f2")
-        await until(lambda: not app.consultation.query_one(Transcript).answers)
-        assert opener.consultation.resets == 1
-        assert app.consultation.query_one(Welcome).display
-        await pilot.pause()
-        assert "危险信号：" not in shown(app)
-
-        await send(pilot, "二")
-        await until(lambda: len(opener.consultation.asked) == 2)
-        await pilot.press("f2")
-        await until(lambda: isinstance(app.screen, ConfirmScreen))
-        await pilot.press("escape")
-        await until(lambda: app.screen is app.consultation)
-        assert app.consultation.running is not None
-        await pilot.press("f2")
-        await until(lambda: isinstance(app.screen, ConfirmScreen))
-        await pilot.press("right", "enter")
-        await until(lambda: opener.consultation.resets == 2, seconds=3)
-        await until(lambda: not app.consultation.query_one(Transcript).answers)
-        assert app.consultation.running is None
-
-
-async def test_task_and_mode_by_key_and_click_apply_to_the_next_question() -> None:
-    app, opener = app_of()
-    async with app.run_test(size=SIZE) as pilot:
-        await until(lambda: app.consultation.session)
-        await pilot.press("f4", "f6")
-        assert (app.consultation.chosen_task, app.consultation.chosen_mode) == (Task.DIAGNOSIS, Mode.GROUNDED)
-        await send(pilot, "一")
-        await until(lambda: opener.consultation.asked and app.consultation.running is None)
-        await pilot.click("#task", offset=(26, 0))
-        await pilot.click("#mode", offset=(14, 0))
-        await until(lambda: app.consultation.chosen_mode is Mode.FREE)
-        assert "未经核对" in hint(app.consultation)
-        app.screen.query_one(Composer).focus()
-        await send(pilot, "二")
-        await until(lambda: len(opener.consultation.asked) == 2)
-        assert [asked[1:] for asked in opener.consultation.asked] == [
-            (Task.DIAGNOSIS, Mode.GROUNDED),
-            (Task.TREATMENT, Mode.FREE),
-        ]
-
-
-async def test_the_default_mode_comes_from_the_model_unless_it_was_chosen() -> None:
-    for requested, expected in ((None, Mode.GROUNDED), (Mode.FREE, Mode.FREE)):
-        opener = ScriptedOpener(ScriptedConsultation(mode=Mode.GROUNDED), demonstration=False)
-        app = ConsultationApp(opener, mode=requested)
-        async with app.run_test(size=SIZE) as pilot:
-            await until(lambda app=app: app.consultation.session)
-            await pilot.pause()
-            assert app.consultation.chosen_mode is expected
-            assert "仅供基层医务人员参考，不能代替医生诊断" in shown(app)
-            assert "演示模型" not in shown(app)
-
-
-async def test_regenerate_keeps_the_old_answer() -> None:
-    app, opener = app_of(Script(text="旧回答。\n"), Script(text="新回答。\n"))
-    async with app.run_test(size=SIZE) as pilot:
-        await until(lambda: app.consultation.session)
-        await pilot.press("f5")
-        assert "还没有问题" in hint(app.consultation)
-        await send(pilot, "问题")
-        await until(lambda: opener.consultation.asked and app.consultation.running is None)
-        await pilot.press("f5")
-        await until(lambda: len(opener.consultation.asked) == 2 and app.consultation.running is None)
-        answers = app.consultation.query_one(Transcript).answers
-        assert [answer.text for answer in answers] == ["旧回答。\n", "新回答。\n"]
-        assert opener.consultation.asked[1][0] == "问题"
-
-
-async def test_copy_carries_label_ending_and_sources() -> None:
-    app, _ = app_of(Script(stop_reason="stopped"))
-    async with app.run_test(size=SIZE) as pilot:
-        await until(lambda: app.consultation.session)
-        await send(pilot, "问题")
-        await until(lambda: app.consultation.query_one(Transcript).answers[0].ended)
-        await pilot.press("ctrl+o")
-        assert app.clipboard.startswith("AI 生成 · 供医务人员参考")
-        assert SENTENCES[0] in app.clipboard
-        assert "未完成，请勿据此用药" in app.clipboard
-        assert "《手足口病诊疗指南》2018，国家卫生健康委员会" in app.clipboard
-
-
-async def test_help_lists_every_key_that_is_bound() -> None:
-    app, _ = app_of()
-    async with app.run_test(size=(100, 50)) as pilot:
-        await pilot.press("f1")
-        await until(lambda: isinstance(app.screen, HelpScreen))
-        await pilot.pause()
-        text = shown(app)
-        for key in ("F1", "F2", "F3", "F4", "F5", "F6", "Ctrl+Q", "Esc", "Ctrl+O", "Enter", "Ctrl+J", "PgUp"):
-            assert key in text
-        assert "不能代替医生诊断" in text
-        await pilot.press("escape")
-        await until(lambda: app.screen is app.consultation)
-
-
-async def test_an_example_is_filled_in_with_its_task() -> None:
-    app, opener = app_of()
-    async with app.run_test(size=SIZE) as pilot:
-        await until(lambda: app.consultation.session)
-        await pilot.press("tab")
-        for _ in range(8):
-            if app.focused is not None and app.focused.id is None:
-                break
-            await pilot.press("tab")
-        await pilot.press("down", "down", "enter")
-        await until(lambda: app.screen.query_one(Composer).text)
-        assert "补液" in app.screen.query_one(Composer).text
-        assert app.focused is app.screen.query_one(Composer)
-        assert app.consultation.chosen_task is Task.TREATMENT
-        assert opener.consultation.asked == []
-
-
-async def test_quit_asks_only_while_answering() -> None:
-    hold = threading.Event()
-    app, opener = app_of(Script(hold=hold))
-    async with app.run_test(size=SIZE) as pilot:
-        await until(lambda: app.consultation.session)
-        await send(pilot, "问题")
-        await until(lambda: opener.consultation.asked)
-        await pilot.press("ctrl+q")
-        await until(lambda: isinstance(app.screen, ConfirmScreen))
-        await pilot.press("escape")
-        await until(lambda: app.screen is app.consultation)
-        await pilot.press("escape")
-        await until(lambda: app.consultation.running is None)
-        await pilot.press("ctrl+q")
-        await until(lambda: not app.is_running)
-    assert opener.closed
-
-
-async def test_quitting_while_loading_does_not_wait_for_the_model() -> None:
-    app, opener = app_of(gate=threading.Event())
-    async with app.run_test(size=SIZE) as pilot:
-        await pilot.press("ctrl+q")
-        await until(lambda: not app.is_running)
-    assert opener.closed
 
 
 def test_the_buffer_asks_for_one_message_at_a_time_and_loses_nothing() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from textual import events
 from textual.app import ComposeResult
 from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.content import Content
@@ -16,13 +15,23 @@ EMPTY = "提问后，这里列出从离线资料库找到的条目、原文与�
 NOTHING = "资料库里没有找到相关条目。"
 
 
-class RedFlags(Static):
-    """The danger signs of the cited cards; never scrolls away while its answer is shown."""
+class RedFlags(VerticalScroll, can_focus=True):
+    """The danger signs of the cited cards; stays on the screen while its answer is shown, scrolls when long."""
 
     def __init__(self) -> None:
-        super().__init__("", markup=False)
+        super().__init__()
         self.display = False
         self._cards: dict[str, tuple[str, ...]] = {}
+        self._signs = Static("", markup=False)
+
+    def compose(self) -> ComposeResult:
+        """One text."""
+        yield self._signs
+
+    @property
+    def text(self) -> str:
+        """The danger signs as they are shown; empty when the box is hidden."""
+        return self._content().plain if self.display else ""
 
     def show(self, passages: tuple[Passage, ...], cited: tuple[int, ...]) -> None:
         """Show the signs of every card cited in the answer; hide the box when none is cited."""
@@ -30,13 +39,14 @@ class RedFlags(Static):
             passage.title: passage.red_flags for passage in passages if passage.number in cited and passage.red_flags
         }
         self.display = bool(self._cards)
-        self._rewrite()
+        self._signs.update(self._content())
+        self.scroll_home(animate=False)
 
-    def on_resize(self, event: events.Resize) -> None:
+    def on_resize(self) -> None:
         """A list where there is room, running text where there is not."""
-        self._rewrite()
+        self._signs.update(self._content())
 
-    def _rewrite(self) -> None:
+    def _content(self) -> Content:
         wide = self.screen.has_class("-wide")
         parts: list[Content | tuple[str, str] | str] = [("! " + DANGER, "bold $danger")]
         for title, flags in self._cards.items():
@@ -45,7 +55,7 @@ class RedFlags(Static):
                 parts += [f"\n· {printable(flag)}" for flag in flags]
             else:
                 parts.append("；".join(printable(flag) for flag in flags))
-        self.update(Content.assemble(*parts))
+        return Content.assemble(*parts)
 
 
 class PassageView(Static):

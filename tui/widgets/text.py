@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from textual.content import Content, Span
 
-from tui.consultation import Source
+from tui.consultation import Source, sanitised
 
 _CITATION = re.compile(r"\[(\d{1,2})\]")
 UNSUPPORTED = "（资料未支持）"

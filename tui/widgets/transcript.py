@@ -66,6 +66,7 @@ class AnswerTurn(VerticalGroup):
         self._activity = "等待模型加载"
         self._since: float | None = None
         self._body = Static("", classes="turn-body", markup=False)
+        self._body.display = False  # no empty line before the first word
         self._ending = Static("", classes="turn-ending", markup=False)
         self._meta = Static("", classes="turn-meta", markup=False)
 
@@ -154,6 +155,7 @@ class AnswerTurn(VerticalGroup):
 
     def _show_text(self, unsupported: tuple[str, ...] = ()) -> None:
         numbers = [passage.number for passage in self.passages]
+        self._body.display = bool(self.text.strip())
         self._body.update(answer_content(self.text, numbers, unsupported))
 
 
@@ -201,7 +203,11 @@ class Transcript(VerticalScroll, can_focus=True):
 
     def _keep_end(self) -> None:
         if self.is_mounted and self.follow:
-            self.scroll_end(animate=False)
+            self.call_after_refresh(self._to_end)
+
+    def _to_end(self) -> None:
+        if self.follow:  # unless the user has scrolled away meanwhile
+            self.scroll_end(animate=False, immediate=True)
 
 
 def _characters(text: str) -> int:

@@ -1,0 +1,123 @@
+"""The corpus: reproducible, held-out questions and cards kept out, answers made of the right passage."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from trainer import prompts
+from trainer.corpus.build import build_corpus, is_current, sha256
+from trainer.corpus.cards import load_cards
+from trainer.corpus.phrasing import phrasings
+from trainer.corpus.record import CorpusError, Record, read_records
+from trainer.evaluate.embedded import load_questions
+from trainer.recipe import PROJECT, Recipe, load_recipe
+
+HELD_OUT = "teething"
+
+
+@pytest.fixture(scope="module")
+def recipe() -> Recipe:
+    recipe = load_recipe(PROJECT / "tests" / "recipes" / "tiny.yaml")
+    return recipe.model_copy(update={"corpus": recipe.corpus.model_copy(update={"dialogues": 600, "texts": 300})})
+
+
+@pytest.fixture(scope="module")
+def folder(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus") / "tiny"
+    build_corpus(recipe, folder)
+    return folder
+
+
+def _records(folder: Path, name: str) -> list[Record]:
+    return list(read_records(folder / f"{name}.jsonl"))
+
+
+def test_same_recipe_same_bytes(recipe: Recipe, folder: Path, tmp_path: Path) -> None:
+    manifest = build_corpus(recipe, tmp_path / "again")
+    assert manifest["sha256"] == {name: sha256(folder / name) for name in manifest["sha256"]}
+    assert is_current(folder, recipe)
+    assert not is_current(folder, recipe.model_copy(update={"seed": 99}))
+
+
+def test_a_held_out_card_never_reaches_training(folder: Path) -> None:
+    card = next(card for card in load_cards(PROJECT / "tui" / "library" / "cards") if card.id == HELD_OUT)
+    own = {sentence for section in card.sections.values() for sentence in section.sentences}
+    for name in ("cpt", "sft", "preferences", "mue", "held_out_questions"):
+        text = (folder / f"{name}.jsonl").read_text(encoding="utf-8")
+        assert not [sentence for sentence in own if sentence in text], name
+    assert {record.group for record in _records(folder, "held_out_cards")} == {HELD_OUT}
+
+
+def test_held_out_phrasings_never_reach_training(folder: Path) -> None:
+    tables = phrasings()
+    cores = [core for section in tables["sections"].values() for core in section["held_out"]]
+    trained = "".join((folder / f"{name}.jsonl").read_text(encoding="utf-8") for name in ("cpt", "sft", "mue"))
+    for core in cores:
+        for piece in core.split("{d}"):
+            assert len(piece) < 5 or piece not in trained, piece
+
+
+def test_test_questions_are_not_training_questions(folder: Path) -> None:
+    trained = {
+        message.content.rsplit("问题：", 1)[1].strip("？?。呢啊呀吧")
+        for name in ("sft", "mue")
+        for record in _records(folder, name)
+        for message in record.messages or ()
+        if message.role == "user"
+    }
+    asked = {question.question.strip("？?。呢啊呀吧") for question in load_questions("test")}
+    assert not trained & asked
+
+
+def test_answers_quote_the_passage_they_cite(folder: Path) -> None:
+    phrases = prompts.prompts()["phrases"]
+    fixed = {phrases["refusal"], phrases["identity"], phrases["prescription"]}
+    seen = 0
+    for record in _records(folder, "sft"):
+        messages = record.messages or ()
+        for question, answer in zip(messages[1::2], messages[2::2], strict=True):
+            if answer.content in fixed:
+                continue
+            cited = re.search(r"根据资料\[(\d)\]：\n", answer.content)
+            assert cited, answer.content
+            body = answer.content[cited.end() :]
+            for closing in phrases["closings"]:
+                body = body.removesuffix(closing)
+            passage = re.split(r"\[\d\].+?：\n", question.content.split("问题：")[0])[int(cited[1])]
+            assert body
+            assert passage.startswith(body)
+            seen += 1
+    assert seen > 300
+
+
+def test_every_kind_of_dialogue_is_there(folder: Path) -> None:
+    records = _records(folder, "sft")
+    assert {record.task for record in records} == {"knowledge", "diagnosis", "treatment", "safety", "identity"}
+    assert any(len(record.messages or ()) >= 5 for record in records if record.task == "diagnosis")
+    refusal = prompts.prompts()["phrases"]["refusal"]
+    refused = [record for record in records if (record.messages or ())[-1].content == refusal]
+    assert 0.08 < len(refused) / len(records) < 0.25
+
+
+def test_preferred_answers_are_framed_humanely(folder: Path) -> None:
+    closings = tuple(prompts.prompts()["phrases"]["closings"])
+    for record in _records(folder, "preferences"):
+        assert (record.chosen or ())[0].content.endswith(closings)
+        assert not (record.rejected or ())[0].content.endswith(closings)
+
+
+def test_bad_input_is_named(recipe: Recipe, tmp_path: Path) -> None:
+    corpus = recipe.corpus.model_copy(update={"held_out_cards": ("no-such-card",)})
+    with pytest.raises(CorpusError, match="no-such-card"):
+        build_corpus(recipe.model_copy(update={"corpus": corpus}), tmp_path / "x")
+    with pytest.raises(CorpusError, match="no cards"):
+        load_cards(tmp_path)
+    (tmp_path / "card.md").write_bytes("---\ntitle: \xd5\n---\n".encode("latin-1"))
+    with pytest.raises(CorpusError, match=r"card\.md is not UTF-8"):
+        load_cards(tmp_path)
+    (tmp_path / "records.jsonl").write_text('{"id": "a"}\n', encoding="utf-8")
+    with pytest.raises(CorpusError, match="line 1"):
+        list(read_records(tmp_path / "records.jsonl"))
