@@ -37,12 +37,14 @@ def test_there_are_at_least_eighty_cards() -> None:
 @pytest.mark.parametrize("path", CARDS, ids=lambda path: path.stem)
 def test_front_matter(path: Path) -> None:
     meta = _card(path).metadata
-    assert set(meta) == {"id", "title", "english", "ages", "synonyms", "symptoms", "red_flags", "sources"}
+    assert set(meta) == {"id", "title", "english", "ages", "synonyms", "symptoms", "asked", "red_flags", "sources"}
     assert meta["id"] == path.stem
     assert all(isinstance(meta[key], str) and meta[key].strip() for key in ("title", "english", "ages"))
     assert 3 <= len(meta["synonyms"]) <= 16
-    assert 4 <= len(meta["symptoms"]) <= 12
+    assert 10 <= len(meta["symptoms"]) <= 26
     assert 3 <= len(meta["red_flags"]) <= 6
+    assert set(meta["asked"]) == set(_sections(_card(path)))
+    assert all(4 <= len(questions) <= 10 for questions in meta["asked"].values())
     for source in meta["sources"]:
         assert set(source) == {"key", "title", "edition", "organisation"}
         assert all(isinstance(value, str) and value.strip() for value in source.values())

@@ -36,7 +36,7 @@ from trainer.induction import write_induction_heads
 from trainer.mue import MueConfig
 from trainer.recipe import PROJECT, Recipe
 from trainer.report import plot_losses
-from trainer.stages.common import Watch, fit, progress_bars
+from trainer.stages.common import Watch, fit, keep_freed_memory, progress_bars
 from trainer.stages.cpt import cpt_trainer
 from trainer.stages.dfpo import dfpo_trainer
 from trainer.stages.sft import sft_trainer
@@ -67,6 +67,7 @@ class Run:
         Raises Interrupted after Ctrl-C, RunError when the folder belongs to another recipe.
         """
         _quieten_libraries()
+        keep_freed_memory()
         self._open()
         tokenizer = self._tokenizer()
         previous: Path | None = None

@@ -118,7 +118,8 @@ def _texts(cards: list[Card], settings: CorpusRecipe, seed: int) -> Iterator[Rec
         if rng.random() < 0.5:
             text = f"{card.title}·{section.section}：\n{body}"
         else:
-            text = f"问：{phrasing.named(section.section, rng.choice(card.names))}\n答：{body}"
+            asked = card.asked.get(section.section, ())
+            text = f"问：{phrasing.named(section.section, rng.choice(card.names), asked)}\n答：{body}"
         yield Record(
             id=f"cpt-{index}", kind="text", task="general", source=_source(card), age_group=card.ages,
             split="train", group=card.id, text=text,

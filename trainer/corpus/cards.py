@@ -29,12 +29,13 @@ class Section:
 
 @dataclass(frozen=True)
 class Card:
-    """A card with its sections in the order of the file."""
+    """A card with its sections in the order of the file; `asked` are the short questions each section answers."""
 
     id: str
     title: str
     names: tuple[str, ...]
     symptoms: tuple[str, ...]
+    asked: dict[str, tuple[str, ...]]
     ages: str
     reference: str
     sections: dict[str, Section]
@@ -61,13 +62,14 @@ def load_card(path: Path) -> Card:
             title=str(meta["title"]),
             names=(str(meta["title"]), *map(str, meta["synonyms"])),  # type: ignore[arg-type]
             symptoms=tuple(map(str, meta["symptoms"])),  # type: ignore[arg-type]
+            asked={str(name): tuple(map(str, phrases)) for name, phrases in meta.get("asked", {}).items()},  # type: ignore[union-attr]
             ages=str(meta["ages"]),
             reference="; ".join(f"{s['title']} ({s['edition']})" for s in meta["sources"]),  # type: ignore[union-attr,index]
             sections={name: section for name, section in sections.items() if section.sentences},
         )
     except UnicodeDecodeError:
         raise CorpusError(f"{path} is not UTF-8 text. Save it as UTF-8.") from None
-    except (yaml.YAMLError, KeyError, TypeError) as error:
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise CorpusError(f"{path}: the front matter cannot be read ({error}). Compare it with another card.") from None
 
 

@@ -67,10 +67,10 @@ class DialogueBuilder:
     def diagnosis(self) -> tuple[Task, Card, list[Turn]]:
         """Evidence gathering: complaint → what to ask and look for → reply → what fits, what to do."""
         card = self._card(lambda c: "判断" in c.sections and len(c.symptoms) >= 2)
-        if self.rng.random() < 0.4:
+        if self.rng.random() < 0.5:
             return self._single("diagnosis", described=0.6)
         turns = [self._turn(card, "判断", self.phrasing.complaint(card.symptoms))]
-        for _ in range(self.rng.choice([1, 1, 2])):
+        for _ in range(self.rng.choice([0, 1, 1, 2])):
             question, section = self.phrasing.reply(card.symptoms)
             if section in card.sections:
                 turns.append(self._turn(card, section, question))
@@ -84,7 +84,7 @@ class DialogueBuilder:
         else:
             section = self.rng.choice(list(card.sections))
             name = self._made_up_name() if self.rename else self.rng.choice(card.names)
-            question = self.phrasing.named(section, name)
+            question = self.phrasing.named(section, name, card.asked.get(section, ()))
         passages = self._distractors(
             card, self.rng.choice(list(card.sections)), self.rng.choice([1, 2, 3]), same_card=False
         )
@@ -106,21 +106,25 @@ class DialogueBuilder:
     def _single(self, task: Task, described: float) -> tuple[Task, Card, list[Turn]]:
         if self.rng.random() < described:
             card = self._card(lambda c: bool(c.symptoms))
-            question, section = self.phrasing.symptoms(card.symptoms)
+            question, section = self.phrasing.symptoms(card.symptoms, card.asked)
             if section in card.sections:
                 return task, card, [self._turn(card, section, question, rename=False)]
         wanted = TASK_SECTIONS[task] if self.rng.random() < 0.7 else tuple(self.phrasing.tables["sections"])
         card = self._card(lambda c: bool(set(wanted) & set(c.sections)))
         section = self.rng.choice([name for name in wanted if name in card.sections])
         name = card.title if self.rng.random() < 0.7 else self.rng.choice(card.names)
-        return task, card, [self._turn(card, section, self.phrasing.named(section, name), name=name)]
+        return (
+            task,
+            card,
+            [self._turn(card, section, self.phrasing.named(section, name, card.asked.get(section, ())), name=name)],
+        )
 
     def _turn(self, card: Card, section: str, question: str, name: str = "", rename: bool = True) -> Turn:
         """The right passage among distractors, in random order."""
         target = card.sections[section]
         count = self.rng.choice([0, 1, 2, 2, 2])
         passages = [target, *self._distractors(card, section, count, same_card=True)]
-        if self.rename and self.rng.random() < 0.8:
+        if self.rename and self.rng.random() < 0.9:
             passages = [self._shorten(passage) for passage in passages]
         if self.rename and rename and name and self.rng.random() < 0.5:
             new = self._made_up_name()
@@ -155,7 +159,7 @@ class DialogueBuilder:
                 return card
 
     def _shorten(self, section: Section) -> Section:
-        keep = self.rng.randint(1, min(2, len(section.sentences)))
+        keep = self.rng.choice([1, 1, 2])
         return replace(section, sentences=section.sentences[:keep])
 
     def _rename(self, section: Section, old: str, new: str) -> Section:

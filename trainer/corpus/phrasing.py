@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import yaml
 
 _FILE = Path(__file__).parent / "phrasings.yaml"
+_OWN = 0.5  # share of questions that use a card's own short questions
 
 
 @cache
@@ -26,23 +28,33 @@ class Phrasing:
         self.split = split
         self.tables = phrasings()
 
-    def named(self, section: str, name: str) -> str:
-        """A question about one section of a named card."""
-        core = self.rng.choice(self.tables["sections"][section][self.split]).format(d=name)
-        if self.rng.random() < 0.3:
-            core = self._who() + self.rng.choice(["", "，", " "]) + core
+    def named(self, section: str, name: str, asked: Sequence[str] = ()) -> str:
+        """A question about one section of a named card; `asked` are the card's own short questions to it."""
+        rng = self.rng
+        if asked and self.split == "train" and rng.random() < _OWN:
+            core = rng.choice(self.tables["own"]["named"]).format(d=name, q=rng.choice(asked))
+        else:
+            core = rng.choice(self.tables["sections"][section][self.split]).format(d=name)
+        if rng.random() < 0.3:
+            core = self._who() + rng.choice(["", "，", " "]) + core
         return self._finish(core, keep=name)
 
-    def symptoms(self, symptoms: tuple[str, ...]) -> tuple[str, str]:
+    def symptoms(self, symptoms: Sequence[str], asked: Mapping[str, Sequence[str]]) -> tuple[str, str]:
         """A description without a name; returns the question and the section that answers it."""
-        template = self.rng.choice(self.tables["symptoms"][self.split])
+        rng = self.rng
+        if asked and self.split == "train" and rng.random() < _OWN:
+            section = rng.choice(list(asked))
+            template = rng.choice(self.tables["own"]["symptoms"])
+            question = template.format(s=self._describe(symptoms), q=rng.choice(asked[section]))
+            return self._finish(question), section
+        template = rng.choice(self.tables["symptoms"][self.split])
         return self._finish(template["ask"].format(s=self._describe(symptoms))), template["section"]
 
-    def complaint(self, symptoms: tuple[str, ...]) -> str:
+    def complaint(self, symptoms: Sequence[str]) -> str:
         """The first thing a parent says in a diagnosis dialogue."""
         return self._finish(self._describe(symptoms))
 
-    def reply(self, symptoms: tuple[str, ...]) -> tuple[str, str]:
+    def reply(self, symptoms: Sequence[str]) -> tuple[str, str]:
         """A parent's answer to a question back, with a new request and the section that answers it."""
         symptom = self.rng.choice(symptoms)
         follow_up = self.rng.choice(self.tables["follow_ups"])
@@ -57,7 +69,7 @@ class Phrasing:
         who = self.rng.choice(self.tables["who"])
         return who + self.rng.choice(self.tables["ages"]) if self.rng.random() < 0.4 else who
 
-    def _describe(self, symptoms: tuple[str, ...]) -> str:
+    def _describe(self, symptoms: Sequence[str]) -> str:
         count = min(len(symptoms), self.rng.choice([1, 2, 2, 3]))
         parts = self.rng.sample(symptoms, count)
         duration = self.rng.choice(self.tables["durations"])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import signal
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +17,9 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 from transformers.trainer_utils import get_last_checkpoint
 
 from trainer.recipe import Recipe, StageRecipe
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # names and numbers of malloc.h
 
 
 class Interrupted(Exception):
@@ -113,6 +118,19 @@ class Watch(TrainerCallback):
             raise KeyboardInterrupt
         self.interrupted = True
         self.progress.console.print("Ctrl-C: writing a checkpoint after this step (again to leave at once)…")
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc to keep what tensors free: giving it back and faulting it in again cost a sixth of the speed.
+
+    Only on Linux with glibc, and only on the CPU, where PyTorch has no allocator of its own.
+    """
+    if sys.platform != "linux" or torch.cuda.is_available():
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def progress_bars() -> Progress:

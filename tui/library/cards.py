@@ -43,6 +43,7 @@ class Card:
     ages: str
     synonyms: tuple[str, ...]
     symptoms: tuple[str, ...]
+    asked: Mapping[str, tuple[str, ...]]  # heading -> short questions that this section answers (may be empty)
     red_flags: tuple[str, ...]
     sources: tuple[Source, ...]
     sections: Mapping[str, tuple[str, ...]]  # heading -> sentences, in the order of the file
@@ -119,6 +120,7 @@ def _card(path: Path, metadata: Mapping[str, Any], body: str) -> Card:
         ages=_string(metadata, "ages"),
         synonyms=_strings(metadata, "synonyms"),
         symptoms=_strings(metadata, "symptoms"),
+        asked=_asked(metadata, sections),
         red_flags=_strings(metadata, "red_flags"),
         sources=tuple(sources.values()),
         sections=sections,
@@ -131,6 +133,7 @@ def _card(path: Path, metadata: Mapping[str, Any], body: str) -> Card:
 def _refuse_control_characters(card: Card) -> None:
     """A card's text is shown in a terminal: control and direction characters have no business there."""
     texts = [*card.names, card.ages, *card.symptoms, *card.red_flags]
+    texts += [phrase for phrases in card.asked.values() for phrase in phrases]
     texts += [part for source in card.sources for part in (source.title, source.edition, source.organisation)]
     texts += [sentence for group in card.sections.values() for sentence in group]
     for character in "".join(texts):
@@ -150,6 +153,16 @@ def _strings(metadata: Mapping[str, Any], name: str) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
         raise ValueError(f"front matter needs {name!r} as a list of texts (put quotes around numbers).")
     return tuple(value)
+
+
+def _asked(metadata: Mapping[str, Any], sections: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """The optional `asked`: short questions per section."""
+    raw = metadata.get("asked", {})
+    if not isinstance(raw, dict):
+        raise ValueError("front matter has 'asked', but not as a mapping from sections to lists of questions.")
+    if unknown := set(raw) - set(sections):
+        raise ValueError(f"'asked' names the section {min(map(str, unknown))!r}, which the card does not have.")
+    return {str(heading): _strings(raw, heading) for heading in raw}
 
 
 def _sources(metadata: Mapping[str, Any]) -> list[Source]:

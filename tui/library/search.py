@@ -13,10 +13,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from tui.library.cards import CARDS, Card, Source, load_cards
 from tui.library.words import bigrams, normalise, spaced, vocabulary
 
+Key = TypeVar("Key", str, tuple[str, str])
 _MOST_PHRASES = 100
 _CLEAR = 0.6  # share of a lay symptom phrase that counts as describing it clearly
 
@@ -59,6 +61,7 @@ class SearchWeights:
     named: float = 1.5  # a name of the card stands in the question ...
     named_floor: float = 0.4  # ... times at least this, when the name is a word that many cards use
     intent: float = 0.5
+    asked: float = 0.6  # best of the section's own short questions: share of it that the question contains
     prior: float = 0.2
     repeat: float = 0.7  # taken off for each passage already chosen from the same card ...
     repeat_named: float = 0.2  # ... when its name stands in the question
@@ -86,9 +89,17 @@ class Library:
                 self._names[normalise(name)].add(card.id)
             self._lay += [(card.id, normalise(symptom)) for symptom in card.symptoms]
             texts = [*card.names, *card.symptoms, *card.red_flags]
+            texts += [phrase for phrases in card.asked.values() for phrase in phrases]
             for bigram in bigrams(normalise("，".join(texts + ["".join(s) for s in card.sections.values()]))):
                 self._knows[bigram].add(card.id)
+        words = vocabulary()
         self._phrases = [(card_id, bigrams(symptom)) for card_id, symptom in self._lay]
+        self._asked = [
+            ((card.id, heading), words.informative(normalise(phrase)))
+            for card in cards.values()
+            for heading, phrases in card.asked.items()
+            for phrase in phrases
+        ]
         self._index = self._build()
 
     @classmethod
@@ -113,8 +124,9 @@ class Library:
         text = normalise("，".join([*earlier, question]))
         asked = words.informative(text)
         named = self._named(text, asked)
-        symptom = self._symptoms(asked)
+        symptom = self._shares(self._phrases, asked)
         wording = self._wording(asked)
+        own = self._shares(self._asked, words.informative(normalise(question)))
         evidence = {
             card: weights.named * named.get(card, 0.0) + weights.symptom * symptom.get(card, 0.0) for card in self.cards
         }
@@ -126,6 +138,7 @@ class Library:
             base = evidence[card.id] + weights.wording * wording.get(row, 0.0)
             if base > 0:
                 wanted = weights.intent * intent.get(heading, 0.0) + weights.prior * prior.get(heading, 0.0)
+                wanted += weights.asked * own.get((card.id, heading), 0.0)
                 scores[card.id, heading] = base + wanted
         best: dict[str, float] = {}
         for (card_id, _), score in scores.items():
@@ -167,7 +180,7 @@ class Library:
                     # "x" keeps the last character of one phrase and the first of the next apart
                     " x ".join(map(spaced, card.names)),
                     " x ".join(map(spaced, card.symptoms)),
-                    " x ".join(map(spaced, [heading, *map(str, sections[heading]["words"])])),
+                    " x ".join(map(spaced, [heading, *sections[heading]["words"], *card.asked.get(heading, ())])),
                     spaced("".join(card.sections[heading])),
                 )
                 for row, (card, heading) in enumerate(self._rows)
@@ -206,12 +219,12 @@ class Library:
                 found[card_id] = max(strength, found.get(card_id, 0.0))
         return found
 
-    def _symptoms(self, asked: set[str]) -> dict[str, float]:
-        """Card id -> 0..1: the largest share of one of its lay symptom phrases that the question contains."""
-        found: dict[str, float] = {}
-        for card_id, phrase in self._phrases:
-            if common := len(phrase & asked):
-                found[card_id] = max(common / len(phrase), found.get(card_id, 0.0))
+    def _shares(self, phrases: Iterable[tuple[Key, set[str]]], asked: set[str]) -> dict[Key, float]:
+        """Key -> 0..1: the largest share of one of its phrases (by information) that the question contains."""
+        found: dict[Key, float] = {}
+        for key, phrase in phrases:
+            if common := phrase & asked:
+                found[key] = max(self._information(common) / self._information(phrase), found.get(key, 0.0))
         return found
 
     def _rarity(self, bigram: str) -> float:
