@@ -46,10 +46,15 @@ only "question" is needed. One JSON answer per line comes out, in the same order
 
 def consult(argv: list[str]) -> int:
     """Open the app, or answer a sample question where there is no terminal; returns the exit code."""
-    options = _parser("consult", _CONSULT_HELP).parse_args(argv)
+    parser = _parser("consult", _CONSULT_HELP)
+    parser.add_argument(
+        "--ascii", action="store_true", help="no box lines, for terminals that draw them two cells wide"
+    )
+    options = parser.parse_args(argv)
     from tui.ask import Request
 
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+    # Textual reads standard input and draws on standard error.
+    if not all(stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr)):
         return _run(Request(question=SAMPLE_QUESTION, show_question=True), options)
     return _guarded(lambda: _open_app(options))
 
@@ -109,7 +114,14 @@ def _open_app(options: argparse.Namespace) -> int:
     from tui.engine import embedded_model
 
     mode = Mode(options.mode) if options.mode else None
-    return run(options.model or embedded_model(), Task(options.task), mode)
+    return run(
+        options.model or embedded_model(),
+        Task(options.task),
+        mode,
+        context=options.context,
+        threads=options.threads,
+        ascii_only=options.ascii,
+    )
 
 
 def _run(request: Request, options: argparse.Namespace) -> int:

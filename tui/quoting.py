@@ -11,9 +11,12 @@ from tui.engine.quote import QuotePassage, QuoteSpec, QuoteWeights
 from tui.library import SearchResult
 
 _ASKS_WHO = re.compile(
-    "你是谁|你是什么|你叫什么|你是医生|你是不是|你是个|你是人|你能看病|你会看病|你能做什么|你会什么|机器人|人工智能|[Aa][Ii]"
+    "你是谁|你是什么|你到底是|你叫什么|你是医生|你是不是|你是个|你是人|你是哪|你能看病|你会看病|你能做什么|你会什么|"
+    "你能当医生|你能代替|代替医生|介绍一下你|你靠谱|行医资格|机器人|人工智能|[Aa][Ii]"
 )
-_ASKS_PRESCRIPTION = re.compile("开处方|开药方|开个方|开个药|开点药|开一?些药|[给帮]我开")
+_ASKS_PRESCRIPTION = re.compile(
+    "处方|药方|(?:[给帮替](?:我|我家|娃|孩子|宝宝|他|她)*|你给?|麻烦|直接)开|开(?:个|张|点|些|一些|一?盒|一?瓶)(?:药|消炎|抗生素|头孢|阿奇)"
+)
 
 
 def quote_spec(prompts: Prompts, found: SearchResult, question: str, weights: QuoteWeights) -> QuoteSpec:

@@ -18,7 +18,6 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from trainer.recipe import Recipe, StageRecipe
 
-
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # names and numbers of malloc.h
 
 

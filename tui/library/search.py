@@ -56,15 +56,16 @@ class SearchWeights:
     column_section: float = 1.0
     column_body: float = 1.0
     # combined score of a passage (wording is scaled to 0..1 within a question)
-    wording: float = 1.0
+    wording: float = 1.0  # of the card's best section
+    row: float = 0.3  # of the section itself
     symptom: float = 0.6  # best lay symptom phrase: share of it that the question contains
     named: float = 1.5  # a name of the card stands in the question ...
     named_floor: float = 0.4  # ... times at least this, when the name is a word that many cards use
     intent: float = 0.5
-    asked: float = 0.6  # best of the section's own short questions: share of it that the question contains
-    prior: float = 0.2
-    repeat: float = 0.7  # taken off for each passage already chosen from the same card ...
-    repeat_named: float = 0.2  # ... when its name stands in the question
+    asked: float = 0.15  # best of the section's own short questions: share of it that the question contains
+    prior: float = 0.5  # of the consultation task for the section
+    repeat: float = 0.4  # taken off for each passage already chosen from the same card ...
+    repeat_named: float = 0.1  # ... when its name stands in the question
     # confidence: a logistic function
     bias: float = -2.6
     sure_named: float = 2.5
@@ -133,13 +134,22 @@ class Library:
         intent, prior = words.intent(normalise(question)), words.prior(task)
         if any(intent.values()) and task == "knowledge":
             prior = {}
+        # What speaks for a card counts for all its sections; what tells its sections apart comes on top.
+        whole: dict[str, float] = {}
+        for row, share in wording.items():
+            card_id = self._rows[row][0].id
+            whole[card_id] = max(share, whole.get(card_id, 0.0))
         scores: dict[tuple[str, str], float] = {}
         for row, (card, heading) in enumerate(self._rows):
-            base = evidence[card.id] + weights.wording * wording.get(row, 0.0)
+            base = evidence[card.id] + weights.wording * whole.get(card.id, 0.0)
             if base > 0:
-                wanted = weights.intent * intent.get(heading, 0.0) + weights.prior * prior.get(heading, 0.0)
-                wanted += weights.asked * own.get((card.id, heading), 0.0)
-                scores[card.id, heading] = base + wanted
+                scores[card.id, heading] = (
+                    base
+                    + weights.row * wording.get(row, 0.0)
+                    + weights.intent * intent.get(heading, 0.0)
+                    + weights.asked * own.get((card.id, heading), 0.0)
+                    + weights.prior * prior.get(heading, 0.0)
+                )
         best: dict[str, float] = {}
         for (card_id, _), score in scores.items():
             best[card_id] = max(score, best.get(card_id, 0.0))
