@@ -35,12 +35,12 @@ $(VENV)/llama.stamp: constraints.txt
 
 $(VENV)/base.stamp: $(VENV)/llama.stamp pyproject.toml
 	@echo "Installing the terminal app …"
-	@$(PIP) install -q -c constraints.txt -e .
+	@PYTHONWARNINGS=ignore $(PIP) install -q -c constraints.txt -e .
 	@touch $@
 
 $(VENV)/all.stamp: $(VENV)/llama.stamp pyproject.toml
 	@echo "Installing the trainer, the quantizer and the test tools (torch is large) …"
-	@$(PIP) install -q -c constraints.txt -e '.[dev]'
+	@PYTHONWARNINGS=ignore $(PIP) install -q -c constraints.txt -e '.[dev]'
 	@touch $@ $(VENV)/base.stamp
 
 clean:

@@ -100,6 +100,7 @@ class Run:
             self.console.print(f"Continuing {self.folder} (stages done: {done})")
             return
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._check_disk()
         self.record = {
             "name": self.recipe.name,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -118,6 +119,19 @@ class Run:
         shutil.copyfile(prompts.PROMPTS_FILE, self.folder / "prompts.json")
         self._write_calibration()
         self._write_record()
+
+    def _check_disk(self) -> None:
+        """Refuses to start a run that cannot be saved: three models, two checkpoints with optimiser state (fp32)."""
+        shape = self.recipe.model
+        attention = shape.hidden_size * shape.head_dim * (2 * shape.heads + 2 * shape.key_value_heads)
+        layer = attention + 3 * shape.hidden_size * shape.intermediate_size
+        parameters = self.recipe.tokenizer.vocab_size * shape.hidden_size + shape.layers * layer
+        needed, free = parameters * 4 * (3 + 2 * 3), shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise RunError(
+                f"{self.folder} needs about {needed / 1e6:.0f} MB for its checkpoints, "
+                f"but {free / 1e6:.0f} MB are free. Make room or give an --output on another disk."
+            )
 
     def _write_record(self) -> None:
         part = self.folder / "run.json.part"
