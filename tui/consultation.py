@@ -8,7 +8,6 @@ import unicodedata
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
-from string import Template
 from typing import Any, Literal
 
 from tui.engine.contract import ModelInfo, Prompts
@@ -16,7 +15,7 @@ from tui.engine.process import Engine, EngineError
 from tui.engine.quote import QuoteWeights
 from tui.library import Library, Passage, SearchResult, Source
 from tui.library.support import unsupported
-from tui.quoting import quote_spec
+from tui.quoting import cite_line, quote_spec
 
 DEMONSTRATION_NOTICE = "演示模型，仅供演示，不可用于诊疗"
 _EARLIER_TURNS = 2  # questions before this one whose evidence counts for a diagnosis
@@ -255,7 +254,7 @@ class _Turn:
         doubtful: tuple[str, ...] = ()
         if self.mode is Mode.GROUNDED and phrases:
             fixed = [*phrases.openings, *phrases.closings, phrases.refusal, phrases.identity, phrases.prescription]
-            fixed += [Template(phrases.cite).substitute(number=number) for number in numbers]
+            fixed += [cite_line(phrases, passage) for passage in self.found.passages]
             doubtful = unsupported(self.text, [p.sentences for p in self.found.passages], fixed)
         return Answer(
             text=self.text,

@@ -8,7 +8,7 @@ from string import Template
 
 from tui.engine.contract import Phrases, Prompts
 from tui.engine.quote import QuotePassage, QuoteSpec, QuoteWeights
-from tui.library import SearchResult
+from tui.library import Passage, SearchResult
 
 _ASKS_WHO = re.compile(
     "你是谁|你是什么|你到底是|你叫什么|你是医生|你是不是|你是个|你是人|你是哪|你能看病|你会看病|你能做什么|你会什么|"
@@ -25,7 +25,7 @@ def quote_spec(prompts: Prompts, found: SearchResult, question: str, weights: Qu
     return QuoteSpec(
         passages=tuple(
             QuotePassage(
-                cite=Template(phrases.cite).substitute(number=passage.number),
+                cite=cite_line(phrases, passage),
                 weight=math.exp(passage.score / weights.search_temperature),
                 sentences=tuple(sentence + "\n" for sentence in passage.sentences),
                 sentence_weights=(1.0,) * len(passage.sentences),
@@ -39,6 +39,11 @@ def quote_spec(prompts: Prompts, found: SearchResult, question: str, weights: Qu
         identity=_about_itself(phrases, question),
         weights=weights,
     )
+
+
+def cite_line(phrases: Phrases, passage: Passage) -> str:
+    """The line that cites a passage, as the model learnt it."""
+    return Template(phrases.cite).safe_substitute(number=passage.number, title=passage.title, section=passage.section)
 
 
 def _about_itself(phrases: Phrases, question: str) -> str | None:

@@ -22,10 +22,10 @@ def _answer(text: str, **changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("text", "right_card", "on_topic"),
     [
-        ("您先别着急。\n根据资料[1]：\n甲。\n如果孩子情况变差，请及时就医。\n", True, True),
-        ("根据资料[1]：\n甲。\n乙。\n", True, False),
-        ("根据资料[1]：\n甲。\n丙。\n", False, False),
-        ("根据资料[1]：\n甲\n", False, False),  # not the whole sentence
+        ("您先别着急。\n根据发热·处理[1]：\n甲。\n如果孩子情况变差，请及时就医。\n", True, True),
+        ("根据发热·处理[1]：\n甲。\n乙。\n", True, False),
+        ("根据发热·处理[1]：\n甲。\n丙。\n", False, False),
+        ("根据发热·处理[1]：\n甲\n", False, False),  # not the whole sentence
         ("自己编的一句话。", False, False),
         (prompts.prompts()["phrases"]["refusal"], False, False),
     ],

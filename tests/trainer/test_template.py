@@ -23,7 +23,7 @@ def _conversation(turns: int) -> list[dict[str, str]]:
     messages = [{"role": "system", "content": prompts.system("knowledge")}]
     for _ in range(turns):
         messages.append({"role": "user", "content": prompts.user("发热怎么办", [PASSAGE])})
-        messages.append({"role": "assistant", "content": prompts.answer(1, PASSAGE.sentences)})
+        messages.append({"role": "assistant", "content": prompts.answer(1, PASSAGE, PASSAGE.sentences)})
     return messages
 
 
@@ -52,12 +52,12 @@ def test_exactly_the_answers_are_scored(tokenizer: PreTrainedTokenizerFast) -> N
         for token, mark in zip(both["input_ids"], both["assistant_masks"], strict=True)  # type: ignore[index]
         if mark
     ]
-    assert tokenizer.decode(scored) == (prompts.answer(1, PASSAGE.sentences) + "<|im_end|>") * 2
+    assert tokenizer.decode(scored) == (prompts.answer(1, PASSAGE, PASSAGE.sentences) + "<|im_end|>") * 2
 
 
 def test_a_sentence_has_the_same_tokens_wherever_it_stands(tokenizer: PreTrainedTokenizerFast) -> None:
     sentence = tokenizer.encode("体温38.5℃以上再用。\n")
-    for before in ("发热孩子按体重用药。\n", "根据资料[1]：\n", "您先别着急。\n"):
+    for before in ("发热孩子按体重用药。\n", "根据发热·处理[1]：\n", "您先别着急。\n"):
         assert tokenizer.encode(f"{before}体温38.5℃以上再用。\n") == tokenizer.encode(before) + sentence
 
 

@@ -75,7 +75,7 @@ def test_quote_answers_are_made_of_the_passages_and_phrases_alone(
     for question in ("发烧怎么办", "拉肚子吃什么药", "那要去医院吗", "写一首诗", "你是谁"):
         answer = finish(consultation, question)
         allowed = {*phrases.openings, *phrases.closings, phrases.refusal, phrases.identity}
-        allowed |= {f"根据资料[{p.number}]：\n" for p in answer.passages}
+        allowed |= {f"根据{p.title}·{p.section}[{p.number}]：\n" for p in answer.passages}
         allowed |= {sentence + "\n" for p in answer.passages for sentence in p.sentences}
         assert {line + "\n" for line in answer.text.splitlines()} <= allowed
         assert bool(answer.cited) != (answer.refused or phrases.identity in answer.text)
@@ -134,7 +134,7 @@ def test_nothing_that_steers_a_terminal_comes_out(library: Library, finish: Fini
 
 def test_unsupported_sentences_are_marked(library: Library, finish: Finish) -> None:
     text = (
-        "您先别着急。\n根据资料[1]：\n难受时可用对乙酰氨基酚每次10～15mg/kg。"
+        "您先别着急。\n根据发热·处理[1]：\n难受时可用对乙酰氨基酚每次10～15mg/kg。"
         "难受时可用对乙酰氨基酚每次20mg/kg。月亮绕着地球转。"
     )
     consultation, _ = scripted(library, text, mode=Mode.GROUNDED, task=Task.TREATMENT)

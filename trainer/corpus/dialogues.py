@@ -43,7 +43,7 @@ class Turn:
         phrases = prompts.prompts()["phrases"]
         opening = rng.choice(phrases["openings"]) if rng.random() < humane * 0.5 else ""
         closing = rng.choice(phrases["closings"]) if rng.random() < humane else ""
-        return prompts.answer(self.cited, self.sentences, opening, closing)
+        return prompts.answer(self.cited, self.passages[self.cited - 1], self.sentences, opening, closing)
 
 
 class DialogueBuilder:
@@ -124,7 +124,7 @@ class DialogueBuilder:
         target = card.sections[section]
         count = self.rng.choice([0, 1, 2, 2, 2])
         passages = [target, *self._distractors(card, section, count, same_card=True)]
-        if self.rename and self.rng.random() < 0.9:
+        if self.rename and self.rng.random() < 0.8:
             passages = [self._shorten(passage) for passage in passages]
         if self.rename and rename and name and self.rng.random() < 0.5:
             new = self._made_up_name()

@@ -8,6 +8,7 @@ phrasings or the search words; the test set was never looked at while anything w
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -35,6 +36,9 @@ GATES = {
     "loops": 0,
     "truncated": 0,
 }
+
+
+_CITE = re.compile(r"根据.+\[\d\]：")
 
 
 class EvaluationError(RuntimeError):
@@ -97,7 +101,7 @@ def judge(question: Question, answer: dict[str, Any], library: dict[str, set[tup
     """Holds one answer against its question; `library` maps a sentence to the (card, section) pairs it stands in."""
     fixed = {line for line in _fixed_lines() if line}
     lines = [line.strip() for line in answer["answer"].splitlines() if line.strip()]
-    content = [line for line in lines if line not in fixed and not line.startswith(("根据资料", "资料["))]
+    content = [line for line in lines if line not in fixed and not _CITE.fullmatch(line)]
     places = [library.get(line, set()) for line in content]
     right_card = bool(places) and all(any(card in question.cards for card, _ in place) for place in places)
     on_topic = bool(places) and all(

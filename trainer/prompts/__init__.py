@@ -55,6 +55,8 @@ def user(question: str, passages: Sequence[HasPassage]) -> str:
     return Template(prompts()["question_template"]).substitute(passages=written, question=question)
 
 
-def answer(number: int, sentences: Sequence[str], opening: str = "", closing: str = "") -> str:
-    """An answer made from passage `number`."""
-    return opening + Template(prompts()["phrases"]["cite"]).substitute(number=number) + lines(sentences) + closing
+def answer(number: int, passage: HasPassage, sentences: Sequence[str], opening: str = "", closing: str = "") -> str:
+    """An answer that cites `passage` (number `number` in the prompt) and quotes some of its sentences."""
+    cite = Template(prompts()["phrases"]["cite"])
+    cited = cite.substitute(number=number, title=passage.title, section=passage.section)
+    return opening + cited + lines(sentences) + closing
