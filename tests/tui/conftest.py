@@ -11,17 +11,17 @@ import pytest
 from tiny_model import make_tokenizer, write_model
 
 from tui.consultation import Answer, Consultation, Finished
-from tui.engine.contract import DEFAULT_PROMPTS
 from tui.engine.process import Engine
 from tui.library import Library
 
+PROJECT = Path(__file__).resolve().parent.parent.parent
 CARDS = Path(__file__).parent / "cards"
 
 
 @pytest.fixture(scope="session")
 def prompts() -> dict[str, Any]:
-    """The prompts.json form."""
-    return json.loads(DEFAULT_PROMPTS.read_text(encoding="utf-8"))
+    """The prompts of the demonstration model, as they travel in its GGUF."""
+    return json.loads((PROJECT / "trainer" / "prompts" / "prompts.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="session")

@@ -68,9 +68,9 @@ def test_events_come_in_order_and_the_answer_is_what_was_shown(engine: Engine, l
 
 
 def test_quote_answers_are_made_of_the_passages_and_phrases_alone(
-    engine: Engine, library: Library, finish: Finish
+    engine: Engine, library: Library, finish: Finish, prompts: dict[str, Any]
 ) -> None:
-    phrases = Prompts.builtin().phrases
+    phrases = Prompts.of(prompts).phrases
     consultation = Consultation(engine, library)
     for question in ("发烧怎么办", "拉肚子吃什么药", "那要去医院吗", "写一首诗", "你是谁"):
         answer = finish(consultation, question)
@@ -86,7 +86,8 @@ def test_what_is_sent_is_the_contract(library: Library, finish: Finish) -> None:
     consultation, engine = scripted(library, "好。", task=Task.TREATMENT, mode=Mode.GROUNDED)
     answer = finish(consultation, "发烧吃什么药")
     system, user = engine.requests[0]["messages"]
-    assert system["content"] == "你是儿科演示模型，不是医生。任务：治疗推荐。"
+    builtin = Prompts.builtin()
+    assert system["content"] == builtin.system_prompt + builtin.task_prompts["treatment"]
     passage = answer.passages[0]
     assert (passage.card_id, passage.section) == ("fever", "处理")
     first = "腋温38.5℃以上并且难受时，可用对乙酰氨基酚每次10～15mg/kg。"

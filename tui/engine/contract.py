@@ -65,7 +65,7 @@ class Prompts:
 
     @classmethod
     def builtin(cls) -> Prompts:
-        """The prompts for a foreign model, a generated copy of trainer/prompts/prompts.json."""
+        """The prompts for a foreign model, a generated copy of trainer/prompts/instruct.json."""
         return cls.of(json.loads(DEFAULT_PROMPTS.read_text(encoding="utf-8")))
 
     @classmethod
