@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from tui.app import ConsultationApp
 from tui.consultation import Task
-from tui.screens.session import ModelOpener, Opener
+from tui.screens.opening import ModelOpener, Opener
 
 QUESTION = "我家孩子两岁半，手心脚心起红点，嘴疼不肯吃饭，是手足口病吗？在家怎么护理？"
 FONTS = "'DejaVu Sans Mono', Menlo, Consolas, 'Noto Sans Mono CJK SC', 'PingFang SC', monospace"
@@ -70,9 +70,9 @@ async def capture(opener: Opener, size: tuple[int, int], question: str, *, secon
     """Ask `question` in the app and return its screen as SVG; raises TimeoutError after ``seconds``."""
     app = ConsultationApp(opener, task=Task.KNOWLEDGE)
     async with app.run_test(size=size) as pilot:
-        screen = app.consultation
+        screen = app.consultation_screen
         async with asyncio.timeout(seconds):
-            while screen.session is None:
+            while screen.opened is None:
                 if screen.load_failed:
                     raise RuntimeError("the model could not be opened")
                 await pilot.pause(0.05)

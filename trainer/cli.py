@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -94,7 +95,8 @@ def train(argv: list[str]) -> int:
     except (CorpusError, RunError, OSError) as error:
         return _fail(error)
     except (Interrupted, KeyboardInterrupt):
-        console.print(f"Stopped. `pediatricsgpt train {arguments.recipe}` continues from the last checkpoint.")
+        command = shlex.join(["pediatricsgpt", "train", *argv])
+        console.print(f"Stopped. `{command}` continues from the last checkpoint.", soft_wrap=True)
         return 130
     for stage, result in run.record["stages"].items():
         console.print(
@@ -125,18 +127,20 @@ def evaluate(argv: list[str]) -> int:
     from trainer.evaluate import embedded
 
     console = Console(stderr=True)
-    questions = embedded.load_questions(arguments.set)
-    library = embedded.library_sentences()
     tables: dict[str, dict[str, float]] = {}
     rows: list[dict[str, object]] = []
     try:
+        if arguments.answers:
+            arguments.answers.touch()  # a bad path is said before the questions are asked, not after
+        questions = embedded.load_questions(arguments.set)
+        library = embedded.library_sentences()
         for mode in arguments.mode or embedded.MODES:
             with console.status(f"{mode}: {len(questions)} questions"):
                 answers = embedded.ask(questions, mode, arguments.model)
             judged = [embedded.judge(q, a, library) for q, a in zip(questions, answers, strict=True)]
             tables[mode] = embedded.table(judged)
             rows += [{**j.question.model_dump(), **j.answer, "on_topic": j.on_topic} for j in judged]
-    except embedded.EvaluationError as error:
+    except (embedded.EvaluationError, CorpusError, OSError) as error:
         return _fail(error)
     if arguments.answers:
         arguments.answers.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")

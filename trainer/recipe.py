@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 PROJECT = Path(__file__).resolve().parent.parent
 Positive = Annotated[int, Field(ge=1)]
@@ -28,6 +28,7 @@ class CorpusRecipe(_Strict):
     cards: Path
     held_out_cards: tuple[str, ...] = ()
     texts: Count = 0
+    selections: Count = 0  # SFT exercises of choosing a passage by its heading
     dialogues: Count = 0
     preferences: Count = 0
     task_dialogues: Count = 0
@@ -55,11 +56,23 @@ class ModelRecipe(_Strict):
     # Start with copying heads already written into layers 0 and 1 (trainer/induction.py).
     induction_heads: bool = False
 
+    @model_validator(mode="after")
+    def _can_be_built(self) -> ModelRecipe:
+        if self.heads % self.key_value_heads:
+            raise ValueError(f"heads ({self.heads}) must be a multiple of key_value_heads ({self.key_value_heads})")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim ({self.head_dim}) must be even: rotary positions turn pairs")
+        if self.induction_heads and (self.layers < 2 or self.hidden_size < 2 * self.head_dim or self.head_dim < 32):
+            raise ValueError("induction_heads need 2 layers, head_dim ≥ 32 and hidden_size ≥ 2 · head_dim")
+        return self
+
 
 class StageRecipe(_Strict):
     """What every stage has: passes over its data, sequences per step, learning rate."""
 
-    epochs: Annotated[float, Field(gt=0)] = 1.0
+    # At most one pass: more steps come from more records, which the corpus draws without end, and a run that is
+    # continued in a second pass would not see the same batches.
+    epochs: Annotated[float, Field(gt=0, le=1)] = 1.0
     batch_size: Positive
     learning_rate: Annotated[float, Field(gt=0)]
     warmup_steps: Count = 20
@@ -69,7 +82,7 @@ class StageRecipe(_Strict):
 
 
 class CptRecipe(StageRecipe):
-    """Hybrid-instruction CPT; `copy_exercises` teach the model to read its context before it sees any text."""
+    """Hybrid-instruction CPT; `copy_exercises` among its texts teach the model to read its context."""
 
     copy_exercises: Count = 0
 
@@ -116,6 +129,8 @@ def load_recipe(path: Path) -> Recipe:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RecipeError(f"There is no recipe {path}. The shipped ones are in trainer/recipes/.") from None
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be read: {error.strerror}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not a YAML file in UTF-8: {error}") from None
     if not isinstance(data, dict):

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+from trainer.stages.checkpoints import read_metrics
 
-def plot_losses(folder: Path) -> Path:
-    """Draws the loss of every stage from metrics.jsonl into plots/loss.png; returns the picture's path."""
+
+def plot_losses(folder: Path) -> Path | None:
+    """Draws the loss of every stage from metrics.jsonl into plots/loss.png; None when nothing was logged."""
+    rows = read_metrics(folder / "metrics.jsonl")
+    if not rows:
+        return None
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     stages = list(dict.fromkeys(row["stage"] for row in rows))
     figure, axes = pyplot.subplots(1, len(stages), figsize=(4 * len(stages), 3), squeeze=False)
     for axis, stage in zip(axes[0], stages, strict=True):

@@ -18,6 +18,7 @@ import datasets
 import torch
 from peft import PeftModel
 from rich.console import Console
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -30,13 +31,13 @@ from transformers import (
 from transformers import logging as transformers_logging
 
 from trainer import prompts
-from trainer.corpus.build import MANIFEST, build_corpus, is_current, sha256
+from trainer.corpus.build import build_corpus, data_sha256, is_current
 from trainer.corpus.record import Record, read_records
 from trainer.induction import write_induction_heads
 from trainer.mue import MueConfig
 from trainer.recipe import PROJECT, Recipe
 from trainer.report import plot_losses
-from trainer.stages.common import Watch, fit, keep_freed_memory, progress_bars
+from trainer.stages.common import Watch, fit, progress_bars
 from trainer.stages.cpt import cpt_trainer
 from trainer.stages.dfpo import dfpo_trainer
 from trainer.stages.sft import sft_trainer
@@ -67,34 +68,48 @@ class Run:
         Raises Interrupted after Ctrl-C, RunError when the folder belongs to another recipe.
         """
         _quieten_libraries()
-        keep_freed_memory()
         self._open()
         tokenizer = self._tokenizer()
         previous: Path | None = None
-        with progress_bars() as progress:
+        with progress_bars(self.console) as progress:
             for stage, name in STAGES.items():
                 target = self.folder / name
                 if stage not in self.record["stages"]:
                     set_seed(self.recipe.seed)
                     watch = Watch(stage, self.folder / "metrics.jsonl", progress)
                     self.console.print(f"[bold]{stage.upper()}[/] starts from {previous or 'random weights'}")
-                    self.record["stages"][stage] = self._stage(stage, previous, target, tokenizer, watch)
+                    try:
+                        self.record["stages"][stage] = self._stage(stage, previous, target, tokenizer, watch)
+                    except (RuntimeError, SafetensorError) as error:
+                        raise self._disk_error(error) from error
                     self._write_record()
+                    shutil.rmtree(self._checkpoints(stage), ignore_errors=True)
                 previous = target
         plot_losses(self.folder)
 
     def _open(self) -> None:
         file = self.folder / "run.json"
         recipe = self.recipe.model_dump(mode="json", exclude={"corpus": {"cards"}})
+        if file.exists():
+            try:
+                self.record = json.loads(file.read_text(encoding="utf-8"))
+            except (ValueError, OSError) as error:
+                raise RunError(
+                    f"{file} cannot be read ({error}). Give another --output or remove the folder."
+                ) from None
+            if self.record["recipe"] != recipe:
+                raise RunError(
+                    f"{self.folder} was made with another recipe. Give another --output or remove the folder."
+                )
         if not is_current(self.corpus, self.recipe):
             self.console.print(f"Building the corpus {self.corpus} …")
             build_corpus(self.recipe, self.corpus)
-        corpus_sha256 = sha256(self.corpus / MANIFEST)
-        if file.exists():
-            self.record = json.loads(file.read_text(encoding="utf-8"))
-            if (self.record["recipe"], self.record["corpus_sha256"]) != (recipe, corpus_sha256):
+        corpus_sha256 = data_sha256(self.corpus)
+        if self.record:
+            if self.record["corpus_sha256"] != corpus_sha256:
                 raise RunError(
-                    f"{self.folder} was made with another recipe or corpus. Give another --output or remove the folder."
+                    f"{self.folder} was made with another corpus (its cards or phrasings have changed since). "
+                    "Give another --output or remove the folder."
                 )
             done = ", ".join(self.record["stages"]) or "none"
             self.console.print(f"Continuing {self.folder} (stages done: {done})")
@@ -156,7 +171,9 @@ class Run:
             texts = [r.text or "" for r in self._records("cpt")]
             texts += [m.content for r in self._records("sft") for m in r.messages or ()]
             trained = train_tokenizer(texts, self.recipe.tokenizer, self.recipe.model.context)
-            trained.save_pretrained(folder)
+            part = folder.with_name("tokenizer.part")
+            trained.save_pretrained(part)
+            part.rename(folder)
         return AutoTokenizer.from_pretrained(folder)
 
     def _stage(
@@ -167,7 +184,7 @@ class Run:
         tokenizer: PreTrainedTokenizerFast,
         watch: Watch,
     ) -> dict[str, Any]:
-        checkpoints = self.folder / "checkpoints" / stage
+        checkpoints = self._checkpoints(stage)
         recipe, stages = self.recipe, self.recipe.stages
         model = _load(previous) if previous else new_model(recipe, tokenizer)
         make: dict[str, Callable[[], Any]] = {
@@ -181,8 +198,16 @@ class Run:
         trainer = make[stage]()
         result = fit(trainer, watch, checkpoints)
         self._save(trainer.model, tokenizer, target)
-        shutil.rmtree(checkpoints, ignore_errors=True)
         return result
+
+    def _checkpoints(self, stage: str) -> Path:
+        return self.folder / "checkpoints" / stage
+
+    def _disk_error(self, error: Exception) -> Exception:
+        """torch and safetensors report a full disk as errors of their own kinds; anything else stays what it is."""
+        if shutil.disk_usage(self.folder).free > 1_000_000 and "space" not in str(error):
+            return error
+        return RunError(f"The disk of {self.folder} is full. Make room; the same command continues.")
 
     def _save(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerFast, target: Path) -> None:
         part = target.with_name(target.name + ".part")
@@ -238,5 +263,8 @@ def _quieten_libraries() -> None:
 
 
 def _git_commit() -> str | None:
-    result = subprocess.run(["git", "rev-parse", "HEAD"], cwd=PROJECT, capture_output=True, text=True, check=False)
-    return result.stdout.strip() or None
+    try:
+        result = subprocess.run(["git", "rev-parse", "HEAD"], cwd=PROJECT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None  # an installed package, or no git on this machine
+    return result.stdout.strip()

@@ -1,7 +1,10 @@
-"""The consultation app: one screen over one session."""
+"""The consultation app: one screen over one consultation."""
 
 from __future__ import annotations
 
+import asyncio
+import signal
+import sys
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,7 +16,7 @@ from tui import wrapping
 from tui.consultation import Mode, Task
 from tui.screens.confirm import ConfirmScreen
 from tui.screens.consultation import ConsultationScreen
-from tui.screens.session import ModelOpener, Opener
+from tui.screens.opening import ModelOpener, Opener
 
 # Danger and warning keep a contrast of at least 4.5:1 on the background, text of 10:1.
 CLINIC = Theme(
@@ -76,14 +79,14 @@ class ConsultationApp(App[None]):
         wrapping.install()
         super().__init__()
         self._opener = opener
-        self.consultation = ConsultationScreen(opener, task, mode)
+        self.consultation_screen = ConsultationScreen(opener, task, mode)
         self.register_theme(CLINIC)
         self.theme = CLINIC.name
         self.set_class(ascii_only, "-ascii")
 
     def get_default_screen(self) -> ConsultationScreen:
         """The only screen that stays."""
-        return self.consultation
+        return self.consultation_screen
 
     def get_key_display(self, binding: Binding) -> str:
         """Keys as they are printed on a keyboard: F1, Esc, Enter, Ctrl+Q."""
@@ -94,7 +97,7 @@ class ConsultationApp(App[None]):
 
     async def action_quit(self) -> None:
         """Ctrl+Q: quit; asks first while an answer is running."""
-        if self.consultation.running is None:
+        if self.consultation_screen.running is None:
             self.exit()
         elif not isinstance(self.screen, ConfirmScreen):
             question = "正在回答。停止并退出吗？\n当前对话不会保存。"
@@ -102,16 +105,24 @@ class ConsultationApp(App[None]):
 
     def action_help_quit(self) -> None:
         """Ctrl+C does not quit; say what does."""
-        self.consultation.show_hint("按 Ctrl+Q 退出")
+        self.consultation_screen.show_hint("按 Ctrl+Q 退出")
 
     def _quit_if(self, confirmed: bool | None) -> None:
         if confirmed:
             self.exit()
 
+    def on_mount(self) -> None:
+        """End in order when the system asks for it, so that the terminal gets its own screen back."""
+        if sys.platform != "win32":  # where asyncio knows no signal handlers
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._terminate)
+
+    def _terminate(self) -> None:
+        self.exit(return_code=128 + signal.SIGTERM)
+
     def on_unmount(self) -> None:
         """Let waiting threads go: closing the engine ends loading and generating."""
-        if self.consultation.session is not None:
-            self.consultation.session.consultation.stop()
+        if self.consultation_screen.opened is not None:
+            self.consultation_screen.opened.consultation.stop()
         self._opener.close()
 
 
@@ -126,9 +137,9 @@ def run(
 ) -> int:
     """Run the consultation until the user quits; ``context`` in tokens, ``threads`` None for the physical cores.
 
-    Returns 0, or 2 when the model could not be opened and the user gave up.
+    Returns 0, or 2 when the model could not be opened and the user gave up, or 143 when ended by SIGTERM.
     """
     opener = ModelOpener(model_path, task, mode, context=context, threads=threads)
     app = ConsultationApp(opener, task=task, mode=mode, ascii_only=ascii_only)
     app.run()
-    return app.return_code or (2 if app.consultation.load_failed else 0)
+    return app.return_code or (2 if app.consultation_screen.load_failed else 0)

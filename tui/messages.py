@@ -8,19 +8,19 @@ from textual.message import Message
 
 if TYPE_CHECKING:
     from tui.consultation import Event
-    from tui.screens.session import Session
+    from tui.screens.opening import Opened
     from tui.widgets.transcript import AnswerTurn
 
 
-class SessionReady(Message):
+class ModelOpened(Message):
     """The model and the library are loaded."""
 
-    def __init__(self, session: Session) -> None:
-        self.session = session
+    def __init__(self, opened: Opened) -> None:
+        self.opened = opened
         super().__init__()
 
 
-class SessionFailed(Message):
+class OpeningFailed(Message):
     """The model or the library could not be loaded; ``cause`` says why and what to do."""
 
     def __init__(self, cause: str) -> None:

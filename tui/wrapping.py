@@ -24,23 +24,29 @@ _OPENING = re.escape("（《「『【〈〔“‘([{")
 _CLOSING = re.escape("，。、；：？！）》」』】〉〕”’…—～·％%℃°,.;:?!)]}")
 _WIDE = "\u2e80-\u303f\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff00-\uffef"
 
+_HAN = "\u3400-\u4dbf\u4e00-\u9fff"
 _UNIT = (
-    r"(?:(?:[kmμµ]?g|[mdμµ]?[lL]|[ckm]?m|kPa|mmHg|mmol|μmol|IU|U|h|d|min|kcal|kJ|bpm|°C)(?![a-zA-Z])|(?:[℃%％]|"
-    "万?国际单位|万?单位|毫摩尔|微摩尔|千卡|毫米汞柱|"
-    "毫升|毫克|微克|公斤|千克|厘米|毫米|分升|克|升|米|斤|度|"
-    "岁半|周岁|岁|个半月|个月|个|月龄|月|周|天|日|小时|分钟|分|秒|年|"
-    "次|滴|片|粒|袋|支|包|勺|倍|杯|口|顿|餐|瓶|剂|针|种|例|级|期|型|类|项|条|步|号|版))"
+    r"(?:(?:[kmnpμµ]?g|[mdμµ]?[lL]|[ckmμµ]?m|[nmμµ]?mol|[mkMμµ]?I?U|cmH[2₂]O|mmHg|kPa|kcal|kJ|CFU|bpm|SD|min|h|d|s|°C)"
+    "(?![a-zA-Z])|[℃%％‰]|[十百千]?[万亿]?(?:国际)?单位|[十百千]?[万亿](?:IU|U)|"
+    "毫摩尔|微摩尔|千卡|毫米汞柱|标准差|百分位|毫升|毫克|微克|公斤|千克|厘米|毫米|分升|克|升|米|斤|度|"
+    "岁半|周岁|岁|个半月|个半小时|个月|个|月龄|周龄|日龄|月|周|天|日|小时|分钟|分|秒|年|"
+    "次|滴|片|粒|颗|丸|袋|支|包|勺|匙|喷|揿|吸|贴|枚|倍|杯|口|顿|餐|瓶|剂|针|种|例|级|期|型|类|项|条|步|号|版|轮)"
     r"(?:/(?:\([^()\s]{1,8}\)|（[^（）\s]{1,8}）|[a-zA-Zμ]{1,4}|分钟?|小时|天|日|次|周|年|公斤|千克|片|袋))*"
-    r"(?:\d?[²³])?(?:以上|以下|以内|左右|内|后|前)?"
+    r"(?:(?<=m)[23²³])?(?:及?以[上下内]|左右|内|后|前)?"
 )
-_NUMBER = r"第?[<>≤≥＜＞≈±+\-]?\s?\d+(?:[.,:/]\d+)*[万千百亿多余]?"
-_QUANTITY = rf"{_NUMBER}(?:\s?(?:[-~～–—至到]|——)\s?{_NUMBER})?\s?{_UNIT}"
-_DIGITS = "[零一二三四五六七八九十百千万两半几]{1,6}"
-_SPELLED = rf"第?{_DIGITS}(?:[至到～]{_DIGITS})?{_UNIT}"
+# Letters run into a number are the name of what is measured and stay with it: 维生素D400国际单位.
+_NUMBER = r"第?[<>≤≥＜＞≈±+\-]?\s?[A-Za-z]{0,12}\d+(?:[.,:/]\d+)*[万千百亿多余]?"
+_TO = r"\s?(?:[-~～–—至到]|——)\s?(?:[不未]满|不到)?"
+# The character after a bare number belongs to it, listed as a unit or not.
+_QUANTITY = rf"{_NUMBER}(?:\s?{_UNIT})?(?:{_TO}{_NUMBER}(?:\s?{_UNIT})?){{0,2}}(?:(?<=\d)[{_HAN}])?"
+_DIGITS = "[零一二三四五六七八九十百千万两半几½¼¾]{1,6}"
+_SPELLED = rf"第?{_DIGITS}(?:{_UNIT})?(?:[至到～]{_DIGITS})?{_UNIT}"
 _LETTER = rf"[^\s{_WIDE}{_OPENING}]"
-_WORD = rf"{_LETTER}+?(?<=\d)\s?{_UNIT}(?![^\s{_WIDE}{_OPENING}{_CLOSING}])|{_LETTER}+"
+# What looked like a quantity but runs on in Latin letters is a word: 5x10^9/L.
+_ENDED = rf"(?:(?<=[{_WIDE}{_CLOSING}])|(?![^\s{_WIDE}{_OPENING}{_CLOSING}]))"
+_WORD = rf"{_LETTER}+(?:(?<=[\d½¼¾])(?:\s?{_UNIT}|[{_HAN}]))?"
 _CHUNK = re.compile(
-    rf"[{_OPENING}]{{0,4}}(?:{_QUANTITY}|{_SPELLED}|{_WORD}|[{_WIDE}])"
+    rf"[{_OPENING}]{{0,4}}(?:{_QUANTITY}{_ENDED}|{_SPELLED}|{_WORD}|[{_WIDE}])"
     rf"(?:[{_CLOSING}]|\[\d{{1,2}}\])*\s*|\s+|\S\s*"
 )
 

@@ -21,7 +21,9 @@ HELD_OUT = "teething"
 @pytest.fixture(scope="module")
 def recipe() -> Recipe:
     recipe = load_recipe(PROJECT / "tests" / "recipes" / "tiny.yaml")
-    return recipe.model_copy(update={"corpus": recipe.corpus.model_copy(update={"dialogues": 600, "texts": 300})})
+    return recipe.model_copy(
+        update={"corpus": recipe.corpus.model_copy(update={"dialogues": 600, "selections": 200, "texts": 300})}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +89,30 @@ def test_answers_quote_the_passage_they_cite(folder: Path) -> None:
             for closing in phrases["closings"]:
                 body = body.removesuffix(closing)
             passage = re.split(r"\[\d\].+?：\n", question.content.split("问题：")[0])[int(cited[1])]
-            assert body
+            assert bool(body) == bool(passage)  # selection exercises have headings only
             assert passage.startswith(body)
             seen += 1
     assert seen > 300
+
+
+def test_a_refusal_cannot_be_told_by_the_length_of_its_passages(folder: Path) -> None:
+    refusal = prompts.prompts()["phrases"]["refusal"]
+    lengths: dict[bool, list[float]] = {True: [], False: []}
+    for record in _records(folder, "sft"):
+        messages = record.messages or ()
+        passages = messages[1].content.split("问题：")[0]
+        if messages[2].content.count("\n") > 0 and "。\n" in passages:
+            count = max(1, len(re.findall(r"^\[\d\]", passages, re.M)))
+            lengths[messages[2].content == refusal].append(len(passages) / count)
+    means = {refused: sum(values) / len(values) for refused, values in lengths.items()}
+    assert 0.7 < means[True] / means[False] < 1.4
+
+
+def test_a_folder_that_is_no_corpus_is_never_replaced(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(CorpusError, match="not a corpus"):
+        build_corpus(recipe, tmp_path)
+    assert (tmp_path / "thesis.txt").read_text(encoding="utf-8") == "mine"
 
 
 def test_every_kind_of_dialogue_is_there(folder: Path) -> None:

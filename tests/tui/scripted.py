@@ -27,7 +27,7 @@ from tui.consultation import (
     Task,
 )
 from tui.engine.contract import ModelInfo, Prompts
-from tui.screens.session import Session
+from tui.screens.opening import Opened
 from tui.widgets.composer import Composer
 from tui.widgets.hint import HintLine
 
@@ -123,7 +123,7 @@ class ScriptedOpener:
     closed: bool = False
     on_open: Callable[[], None] | None = None
 
-    def open(self) -> Session:
+    def open(self) -> Opened:
         if self.on_open is not None:
             self.on_open()
         while self.gate is not None and not self.gate.wait(0.005) and not self.closed:
@@ -134,7 +134,7 @@ class ScriptedOpener:
             name="ped-demo", architecture="qwen3", size_bytes=24_000_000, parameters=20_000_000, context=2048,
             quant="Q8_0", demonstration=self.demonstration, prompts=Prompts.builtin(), foreign=False,
         )  # fmt: skip
-        return Session(cast("Any", self.consultation), model)
+        return Opened(cast("Any", self.consultation), model)
 
     def close(self) -> None:
         self.closed = True
@@ -167,7 +167,7 @@ def shown(app: App[None]) -> str:
 
 def hint(app: ConsultationApp) -> str:
     """What the line above the composer says."""
-    return app.consultation.query_one(HintLine).text
+    return app.consultation_screen.query_one(HintLine).text
 
 
 async def send(pilot: Pilot[None], text: str) -> None:

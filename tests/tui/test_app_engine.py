@@ -10,7 +10,7 @@ from tests.tui.scripted import shown, until
 from tui.app import ConsultationApp
 from tui.consultation import Mode, Task
 from tui.engine.process import Engine
-from tui.screens.session import ModelOpener, Session
+from tui.screens.opening import ModelOpener, Opened
 from tui.widgets.composer import Composer
 from tui.widgets.transcript import Transcript
 
@@ -22,9 +22,9 @@ def app_on(model: Path, mode: Mode | None = None) -> ConsultationApp:
     return ConsultationApp(opener, mode=mode)
 
 
-def session_of(app: ConsultationApp) -> Session:
-    assert app.consultation.session is not None
-    return app.consultation.session
+def opened_in(app: ConsultationApp) -> Opened:
+    assert app.consultation_screen.opened is not None
+    return app.consultation_screen.opened
 
 
 async def test_a_demonstration_model_quotes_the_passages(tiny_gguf: Path) -> None:
@@ -32,8 +32,8 @@ async def test_a_demonstration_model_quotes_the_passages(tiny_gguf: Path) -> Non
     async with app.run_test(size=(120, 36)) as pilot:
         app.screen.query_one(Composer).insert("毛细支气管炎怎么护理")
         await pilot.press("enter")
-        await until(lambda: app.consultation.query_one(Transcript).answers, seconds=5)
-        turn = app.consultation.query_one(Transcript).answers[0]
+        await until(lambda: app.consultation_screen.query_one(Transcript).answers, seconds=5)
+        turn = app.consultation_screen.query_one(Transcript).answers[0]
         await until(lambda: turn.ended, seconds=60)
         await pilot.pause()
         assert turn.answer is not None
@@ -50,9 +50,9 @@ async def test_a_demonstration_model_quotes_the_passages(tiny_gguf: Path) -> Non
 async def test_stop_ends_a_running_answer_quickly(big_gguf: Path) -> None:
     app = app_on(big_gguf, Mode.FREE)
     async with app.run_test(size=(80, 24)) as pilot:
-        await until(lambda: app.consultation.session, seconds=60)
-        app.consultation.ask("孩子发热怎么办")
-        turn = app.consultation.running
+        await until(lambda: app.consultation_screen.opened, seconds=60)
+        app.consultation_screen.ask("孩子发热怎么办")
+        turn = app.consultation_screen.running
         assert turn is not None
         await until(lambda: turn.text, seconds=60)
         await pilot.press("escape")
@@ -67,12 +67,12 @@ async def test_stop_ends_a_running_answer_quickly(big_gguf: Path) -> None:
 async def test_a_killed_engine_keeps_the_partial_answer_and_the_next_question_restarts_it(big_gguf: Path) -> None:
     app = app_on(big_gguf, Mode.FREE)
     async with app.run_test(size=(80, 24)) as pilot:
-        await until(lambda: app.consultation.session, seconds=60)
-        app.consultation.ask("孩子发热怎么办")
-        turn = app.consultation.running
+        await until(lambda: app.consultation_screen.opened, seconds=60)
+        app.consultation_screen.ask("孩子发热怎么办")
+        turn = app.consultation_screen.running
         assert turn is not None
         await until(lambda: turn.text, seconds=60)
-        engine = session_of(app).consultation.engine
+        engine = opened_in(app).consultation.engine
         assert isinstance(engine, Engine)
         first = engine.process_id
         os.kill(first, signal.SIGKILL)
@@ -82,8 +82,8 @@ async def test_a_killed_engine_keeps_the_partial_answer_and_the_next_question_re
         assert "未完成，请勿据此用药" in shown(app)
         assert "内存不够" in shown(app)
 
-        app.consultation.ask("再问一次")
-        second = app.consultation.running
+        app.consultation_screen.ask("再问一次")
+        second = app.consultation_screen.running
         assert second is not None
         await until(lambda: second.text, seconds=60)
         assert engine.process_id != first
@@ -96,7 +96,7 @@ async def test_a_file_that_is_no_model_is_explained(tmp_path: Path) -> None:
     broken.write_bytes(b"GGUF" + b"\x00" * 100)
     app = app_on(broken)
     async with app.run_test(size=(80, 24)) as pilot:
-        await until(lambda: app.consultation.load_failed, seconds=60)
+        await until(lambda: app.consultation_screen.load_failed, seconds=60)
         await pilot.pause()
         assert "模型没有打开" in shown(app)
         assert "broken.gguf" in shown(app) or "GGUF" in shown(app)
@@ -105,8 +105,8 @@ async def test_a_file_that_is_no_model_is_explained(tmp_path: Path) -> None:
 async def test_quitting_ends_the_child(tiny_gguf: Path) -> None:
     app = app_on(tiny_gguf)
     async with app.run_test(size=(80, 24)) as pilot:
-        await until(lambda: app.consultation.session, seconds=60)
-        process = session_of(app).consultation.engine.process_id
+        await until(lambda: app.consultation_screen.opened, seconds=60)
+        process = opened_in(app).consultation.engine.process_id
         await pilot.press("ctrl+q")
         await until(lambda: not app.is_running)
     with pytest.raises(ProcessLookupError):

@@ -18,13 +18,13 @@ async def test_new_consultation_clears_everything_and_asks_first_while_answering
     hold = threading.Event()
     app, opener = app_of(Script(), Script(hold=hold))
     async with app.run_test(size=SIZE) as pilot:
-        await until(lambda: app.consultation.session)
+        await until(lambda: app.consultation_screen.opened)
         await send(pilot, "一")
-        await until(lambda: opener.consultation.asked and app.consultation.running is None)
+        await until(lambda: opener.consultation.asked and app.consultation_screen.running is None)
         await pilot.press("f2")
-        await until(lambda: not app.consultation.query_one(Transcript).answers)
+        await until(lambda: not app.consultation_screen.query_one(Transcript).answers)
         assert opener.consultation.resets == 1
-        assert app.consultation.query_one(Welcome).display
+        assert app.consultation_screen.query_one(Welcome).display
         await pilot.pause()
         assert "危险信号：" not in shown(app)
 
@@ -33,27 +33,27 @@ async def test_new_consultation_clears_everything_and_asks_first_while_answering
         await pilot.press("f2")
         await until(lambda: isinstance(app.screen, ConfirmScreen))
         await pilot.press("escape")
-        await until(lambda: app.screen is app.consultation)
-        assert app.consultation.running is not None
+        await until(lambda: app.screen is app.consultation_screen)
+        assert app.consultation_screen.running is not None
         await pilot.press("f2")
         await until(lambda: isinstance(app.screen, ConfirmScreen))
         await pilot.press("right", "enter")
         await until(lambda: opener.consultation.resets == 2, seconds=3)
-        await until(lambda: not app.consultation.query_one(Transcript).answers)
-        assert app.consultation.running is None
+        await until(lambda: not app.consultation_screen.query_one(Transcript).answers)
+        assert app.consultation_screen.running is None
 
 
 async def test_task_and_mode_by_key_and_click_apply_to_the_next_question() -> None:
     app, opener = app_of()
     async with app.run_test(size=SIZE) as pilot:
-        await until(lambda: app.consultation.session)
+        await until(lambda: app.consultation_screen.opened)
         await pilot.press("f4", "f6")
-        assert (app.consultation.chosen_task, app.consultation.chosen_mode) == (Task.DIAGNOSIS, Mode.GROUNDED)
+        assert (app.consultation_screen.chosen_task, app.consultation_screen.chosen_mode) == (Task.DIAGNOSIS, Mode.GROUNDED)
         await send(pilot, "一")
-        await until(lambda: opener.consultation.asked and app.consultation.running is None)
+        await until(lambda: opener.consultation.asked and app.consultation_screen.running is None)
         await pilot.click("#task", offset=(26, 0))
         await pilot.click("#mode", offset=(14, 0))
-        await until(lambda: app.consultation.chosen_mode is Mode.FREE)
+        await until(lambda: app.consultation_screen.chosen_mode is Mode.FREE)
         assert "未经核对" in hint(app)
         app.screen.query_one(Composer).focus()
         await send(pilot, "二")
@@ -69,9 +69,9 @@ async def test_the_default_mode_comes_from_the_model_unless_it_was_chosen() -> N
         opener = ScriptedOpener(ScriptedConsultation(mode=Mode.GROUNDED), demonstration=False)
         app = ConsultationApp(opener, mode=requested)
         async with app.run_test(size=SIZE) as pilot:
-            await until(lambda app=app: app.consultation.session)
+            await until(lambda app=app: app.consultation_screen.opened)
             await pilot.pause()
-            assert app.consultation.chosen_mode is expected
+            assert app.consultation_screen.chosen_mode is expected
             assert "仅供基层医务人员参考，不能代替医生诊断" in shown(app)
             assert "演示模型" not in shown(app)
 
@@ -79,14 +79,14 @@ async def test_the_default_mode_comes_from_the_model_unless_it_was_chosen() -> N
 async def test_regenerate_keeps_the_old_answer() -> None:
     app, opener = app_of(Script(text="旧回答。\n"), Script(text="新回答。\n"))
     async with app.run_test(size=SIZE) as pilot:
-        await until(lambda: app.consultation.session)
+        await until(lambda: app.consultation_screen.opened)
         await pilot.press("f5")
         assert "还没有问题" in hint(app)
         await send(pilot, "问题")
-        await until(lambda: opener.consultation.asked and app.consultation.running is None)
+        await until(lambda: opener.consultation.asked and app.consultation_screen.running is None)
         await pilot.press("f5")
-        await until(lambda: len(opener.consultation.asked) == 2 and app.consultation.running is None)
-        answers = app.consultation.query_one(Transcript).answers
+        await until(lambda: len(opener.consultation.asked) == 2 and app.consultation_screen.running is None)
+        answers = app.consultation_screen.query_one(Transcript).answers
         assert [answer.text for answer in answers] == ["旧回答。\n", "新回答。\n"]
         assert opener.consultation.asked[1][0] == "问题"
 
@@ -94,9 +94,9 @@ async def test_regenerate_keeps_the_old_answer() -> None:
 async def test_copy_carries_label_ending_and_sources() -> None:
     app, _ = app_of(Script(stop_reason="stopped"))
     async with app.run_test(size=SIZE) as pilot:
-        await until(lambda: app.consultation.session)
+        await until(lambda: app.consultation_screen.opened)
         await send(pilot, "问题")
-        await until(lambda: app.consultation.query_one(Transcript).answers[0].ended)
+        await until(lambda: app.consultation_screen.query_one(Transcript).answers[0].ended)
         await pilot.press("ctrl+o")
         assert app.clipboard.startswith("AI 生成 · 供医务人员参考")
         assert SENTENCES[0] in app.clipboard
@@ -115,13 +115,13 @@ async def test_help_lists_every_key_that_is_bound() -> None:
             assert key in text
         assert "不能代替医生诊断" in text
         await pilot.press("escape")
-        await until(lambda: app.screen is app.consultation)
+        await until(lambda: app.screen is app.consultation_screen)
 
 
 async def test_an_example_is_filled_in_with_its_task() -> None:
     app, opener = app_of()
     async with app.run_test(size=SIZE) as pilot:
-        await until(lambda: app.consultation.session)
+        await until(lambda: app.consultation_screen.opened)
         await pilot.press("tab")
         for _ in range(8):
             if app.focused is not None and app.focused.id is None:
@@ -131,7 +131,7 @@ async def test_an_example_is_filled_in_with_its_task() -> None:
         await until(lambda: app.screen.query_one(Composer).text)
         assert "补液" in app.screen.query_one(Composer).text
         assert app.focused is app.screen.query_one(Composer)
-        assert app.consultation.chosen_task is Task.TREATMENT
+        assert app.consultation_screen.chosen_task is Task.TREATMENT
         assert opener.consultation.asked == []
 
 
@@ -139,15 +139,15 @@ async def test_quit_asks_only_while_answering() -> None:
     hold = threading.Event()
     app, opener = app_of(Script(hold=hold))
     async with app.run_test(size=SIZE) as pilot:
-        await until(lambda: app.consultation.session)
+        await until(lambda: app.consultation_screen.opened)
         await send(pilot, "问题")
         await until(lambda: opener.consultation.asked)
         await pilot.press("ctrl+q")
         await until(lambda: isinstance(app.screen, ConfirmScreen))
         await pilot.press("escape")
-        await until(lambda: app.screen is app.consultation)
+        await until(lambda: app.screen is app.consultation_screen)
         await pilot.press("escape")
-        await until(lambda: app.consultation.running is None)
+        await until(lambda: app.consultation_screen.running is None)
         await pilot.press("ctrl+q")
         await until(lambda: not app.is_running)
     assert opener.closed

@@ -25,9 +25,9 @@ def app_of(*scripts: Script, ascii_only: bool = False) -> ConsultationApp:
 
 
 async def answered(pilot: Pilot[None], app: ConsultationApp, question: str = "手足口病怎么护理") -> None:
-    await until(lambda: app.consultation.session)
-    app.consultation.ask(question)
-    await until(lambda: app.consultation.running is None)
+    await until(lambda: app.consultation_screen.opened)
+    app.consultation_screen.ask(question)
+    await until(lambda: app.consultation_screen.running is None)
     await pilot.pause()
 
 
@@ -69,14 +69,14 @@ async def test_danger_signs_belong_to_the_cited_card_only_and_appear_while_it_is
     other = passage(2, title="发热")
     app = app_of(Script(passages=(passage(1), other), cited=(2,), text="根据资料[2]：\n", hold=hold))
     async with app.run_test(size=(120, 36)):
-        await until(lambda: app.consultation.session)
-        app.consultation.ask("问题")
+        await until(lambda: app.consultation_screen.opened)
+        app.consultation_screen.ask("问题")
         flags = app.screen.query_one(RedFlags)
         await until(lambda: flags.display and "发热" in flags.text)
-        assert app.consultation.running is not None
+        assert app.consultation_screen.running is not None
         assert "手足口病" not in flags.text
         hold.set()
-        await until(lambda: app.consultation.running is None)
+        await until(lambda: app.consultation_screen.running is None)
 
 
 async def test_many_danger_signs_can_be_scrolled_where_they_do_not_fit() -> None:
@@ -119,12 +119,12 @@ async def test_ascii_mode_draws_no_box_lines() -> None:
 async def test_dangerous_text_is_shown_as_text(size: tuple[int, int]) -> None:
     app = app_of(Script(text=printable(DANGEROUS) + "\n", error=DANGEROUS, stop_reason="error"))
     async with app.run_test(size=size) as pilot:
-        await until(lambda: app.consultation.session)
+        await until(lambda: app.consultation_screen.opened)
         app.screen.query_one(Composer).insert(DANGEROUS)
         await pilot.press("enter")
-        await until(lambda: app.consultation.query_one(Transcript).answers)
-        await until(lambda: app.consultation.running is None)
-        transcript = app.consultation.query_one(Transcript)
+        await until(lambda: app.consultation_screen.query_one(Transcript).answers)
+        await until(lambda: app.consultation_screen.running is None)
+        transcript = app.consultation_screen.query_one(Transcript)
         transcript.scroll_home(animate=False)
         await pilot.pause()
         rows = screen_text(app)
@@ -151,14 +151,14 @@ async def test_the_end_is_followed_only_while_the_user_is_there() -> None:
         await answered(pilot, app)
         transcript = app.screen.query_one(Transcript)
         await until(lambda: transcript.max_scroll_y > 0 and transcript.scroll_y == transcript.max_scroll_y)
-        app.consultation.ask("第二个问题")
-        await until(lambda: app.consultation.running and app.consultation.running.text.endswith(long))
+        app.consultation_screen.ask("第二个问题")
+        await until(lambda: app.consultation_screen.running and app.consultation_screen.running.text.endswith(long))
         await until(lambda: transcript.scroll_y == transcript.max_scroll_y)
         await pilot.press("pageup")
         await until(lambda: transcript.scroll_y < transcript.max_scroll_y - 2)
         place, end = transcript.scroll_y, transcript.max_scroll_y
         hold.set()
-        await until(lambda: app.consultation.running is None)
+        await until(lambda: app.consultation_screen.running is None)
         transcript.answers[-1].styles.height = 200  # more text below
         await until(lambda: transcript.max_scroll_y > end)
         await pilot.pause()

@@ -17,9 +17,9 @@ SIZE = (120, 36)
 async def test_a_question_is_answered_with_its_label_evidence_and_danger_signs() -> None:
     app, opener = app_of()
     async with app.run_test(size=SIZE) as pilot:
-        await until(lambda: app.consultation.session)
+        await until(lambda: app.consultation_screen.opened)
         await send(pilot, "手足口病怎么护理")
-        await until(lambda: opener.consultation.asked and app.consultation.running is None)
+        await until(lambda: opener.consultation.asked and app.consultation_screen.running is None)
         await pilot.pause()
         text = shown(app)
         assert opener.consultation.asked == [("手足口病怎么护理", Task.KNOWLEDGE, Mode.QUOTE)]
@@ -33,21 +33,21 @@ async def test_a_question_is_answered_with_its_label_evidence_and_danger_signs()
         assert "首字0.8秒" in text
         assert "演示模型·不可用于诊疗" in text
         assert not app.screen.query_one(Composer).text
-        assert app.consultation.query_one(Transcript).answers[0].text == TEXT
+        assert app.consultation_screen.query_one(Transcript).answers[0].text == TEXT
 
 
 async def test_text_is_on_the_screen_before_the_answer_is_finished_and_stop_keeps_and_labels_it() -> None:
     hold = threading.Event()
     app, _ = app_of(Script(hold=hold, text=TEXT[:40]))
     async with app.run_test(size=SIZE) as pilot:
-        await until(lambda: app.consultation.session)
+        await until(lambda: app.consultation_screen.opened)
         await send(pilot, "问题")
-        await until(lambda: app.consultation.running and app.consultation.running.text == TEXT[:40])
-        turn = app.consultation.running
+        await until(lambda: app.consultation_screen.running and app.consultation_screen.running.text == TEXT[:40])
+        turn = app.consultation_screen.running
         assert turn is not None
         assert not turn.ended
         await pilot.press("escape")
-        await until(lambda: app.consultation.running is None, seconds=2)
+        await until(lambda: app.consultation_screen.running is None, seconds=2)
         await pilot.pause()
         assert turn.text == TEXT[:40]
         assert "已停止·未完成，请勿据此用药" in shown(app)
@@ -61,9 +61,9 @@ async def test_text_is_on_the_screen_before_the_answer_is_finished_and_stop_keep
 async def test_every_unfinished_answer_says_so(reason: str, label: str) -> None:
     app, _ = app_of(Script(stop_reason=reason, error="原因甲。" if reason == "error" else None))  # type: ignore[arg-type]
     async with app.run_test(size=(80, 24)) as pilot:
-        await until(lambda: app.consultation.session)
+        await until(lambda: app.consultation_screen.opened)
         await send(pilot, "问题")
-        await until(lambda: app.consultation.query_one(Transcript).answers[0].ended)
+        await until(lambda: app.consultation_screen.query_one(Transcript).answers[0].ended)
         await pilot.pause()
         assert label in shown(app)
         assert "未完成，请勿据此用药" in shown(app)
@@ -73,25 +73,25 @@ async def test_every_unfinished_answer_says_so(reason: str, label: str) -> None:
 async def test_a_crash_keeps_the_partial_answer_and_the_next_question_works() -> None:
     app, opener = app_of(Script(text=TEXT[:30], raises=EngineError("模型进程意外结束。")), Script())
     async with app.run_test(size=SIZE) as pilot:
-        await until(lambda: app.consultation.session)
+        await until(lambda: app.consultation_screen.opened)
         await send(pilot, "问题一")
-        await until(lambda: app.consultation.query_one(Transcript).answers[0].ended)
+        await until(lambda: app.consultation_screen.query_one(Transcript).answers[0].ended)
         await pilot.pause()
-        first = app.consultation.query_one(Transcript).answers[0]
+        first = app.consultation_screen.query_one(Transcript).answers[0]
         assert first.text == TEXT[:30]
         assert "模型进程意外结束" in shown(app)
         assert "未完成，请勿据此用药" in shown(app)
         await send(pilot, "问题二")
-        await until(lambda: len(opener.consultation.asked) == 2 and app.consultation.running is None)
-        assert app.consultation.query_one(Transcript).answers[1].text == TEXT
+        await until(lambda: len(opener.consultation.asked) == 2 and app.consultation_screen.running is None)
+        assert app.consultation_screen.query_one(Transcript).answers[1].text == TEXT
 
 
 async def test_unsupported_sentences_are_marked_in_words() -> None:
     app, _ = app_of(Script(unsupported=(SENTENCES[1],)))
     async with app.run_test(size=(100, 30)) as pilot:
-        await until(lambda: app.consultation.session)
+        await until(lambda: app.consultation_screen.opened)
         await send(pilot, "问题")
-        await until(lambda: app.consultation.query_one(Transcript).answers[0].ended)
+        await until(lambda: app.consultation_screen.query_one(Transcript).answers[0].ended)
         await pilot.pause()
         assert "煮沸消毒15分钟。（资料未支持）" in shown(app)
         assert shown(app).count("（资料未支持）") == 1
@@ -100,7 +100,7 @@ async def test_unsupported_sentences_are_marked_in_words() -> None:
 async def test_empty_input_is_not_sent_and_newline_does_not_send() -> None:
     app, opener = app_of()
     async with app.run_test(size=SIZE) as pilot:
-        await until(lambda: app.consultation.session)
+        await until(lambda: app.consultation_screen.opened)
         composer = app.screen.query_one(Composer)
         await pilot.press("space", "enter")
         await until(lambda: "请先输入问题" in hint(app))
@@ -130,16 +130,16 @@ async def test_a_question_typed_while_loading_waits_and_escape_takes_it_back() -
     app, opener = app_of(gate=gate)
     async with app.run_test(size=SIZE) as pilot:
         await send(pilot, "先输入的问题")
-        await until(lambda: app.consultation.running is not None)
+        await until(lambda: app.consultation_screen.running is not None)
         assert "加载好后自动发送" in hint(app)
         await pilot.press("escape")
-        await until(lambda: app.consultation.running is None)
+        await until(lambda: app.consultation_screen.running is None)
         assert app.screen.query_one(Composer).text == "先输入的问题"
         await pilot.press("enter")
-        await until(lambda: app.consultation.running is not None)
+        await until(lambda: app.consultation_screen.running is not None)
         assert opener.consultation.asked == []
         gate.set()
-        await until(lambda: opener.consultation.asked and app.consultation.running is None)
+        await until(lambda: opener.consultation.asked and app.consultation_screen.running is None)
         assert [asked[0] for asked in opener.consultation.asked] == ["先输入的问题"]
 
 
@@ -147,14 +147,14 @@ async def test_a_second_question_waits_in_the_composer_while_one_is_answered() -
     hold = threading.Event()
     app, opener = app_of(Script(hold=hold))
     async with app.run_test(size=SIZE) as pilot:
-        await until(lambda: app.consultation.session)
+        await until(lambda: app.consultation_screen.opened)
         await send(pilot, "一")
         await until(lambda: opener.consultation.asked)
         await send(pilot, "二")
         await until(lambda: "Esc 停止后再发送" in hint(app))
         assert app.screen.query_one(Composer).text == "二"
         hold.set()
-        await until(lambda: app.consultation.running is None)
+        await until(lambda: app.consultation_screen.running is None)
         assert len(opener.consultation.asked) == 1
 
 
@@ -162,7 +162,7 @@ async def test_load_failure_shows_cause_and_remedy_and_can_be_retried() -> None:
     cause = "模型文件不完整，缺少 12 MB。请重新复制这个文件。"
     app, opener = app_of(failures=[EngineError(cause)])
     async with app.run_test(size=(80, 24)) as pilot:
-        await until(lambda: app.consultation.load_failed)
+        await until(lambda: app.consultation_screen.load_failed)
         await pilot.pause()
         assert "模型没有打开" in shown(app)
         assert "缺少12MB。请重新复制这个文件。" in shown(app)
@@ -170,7 +170,7 @@ async def test_load_failure_shows_cause_and_remedy_and_can_be_retried() -> None:
         await until(lambda: "不能发送" in hint(app))
         assert app.screen.query_one(Composer).text == "问题"
         await pilot.press("f5")
-        await until(lambda: app.consultation.session)
+        await until(lambda: app.consultation_screen.opened)
         await pilot.pause()
         assert "模型没有打开" not in shown(app)
         await pilot.press("enter")
@@ -182,9 +182,9 @@ async def test_a_waiting_question_comes_back_when_loading_fails() -> None:
     app, _ = app_of(failures=[EngineError("打不开。")], gate=gate)
     async with app.run_test(size=SIZE) as pilot:
         await send(pilot, "等待的问题")
-        await until(lambda: app.consultation.running)
+        await until(lambda: app.consultation_screen.running)
         gate.set()
-        await until(lambda: app.consultation.load_failed and app.consultation.running is None)
+        await until(lambda: app.consultation_screen.load_failed and app.consultation_screen.running is None)
         assert app.screen.query_one(Composer).text == "等待的问题"
 
 

@@ -7,9 +7,10 @@ import json
 import random
 import shutil
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 
-from trainer import prompts
+from trainer import prompts, tokenizer
 from trainer.corpus.cards import Card, load_cards
 from trainer.corpus.dialogues import DialogueBuilder, Turn
 from trainer.corpus.phrasing import Phrasing
@@ -19,8 +20,8 @@ from trainer.recipe import CorpusRecipe, Recipe
 MANIFEST = "manifest.json"
 _LICENCE = "Apache-2.0"
 # Share of each kind among the SFT dialogues; the rest are knowledge and treatment questions in equal parts.
-_REFUSALS, _SPECIAL, _DIAGNOSIS = 0.15, 0.03, 0.25
-# How often an answer is framed humanely: rarely in SFT, so that DFPO has something to teach; always after it.
+_REFUSALS, _SPECIAL, _DIAGNOSIS = 0.12, 0.03, 0.25
+# How often an answer is framed humanely: rarely in SFT, so that DFPO has something to teach; mostly after it.
 _HUMANE_SFT, _HUMANE_MUE = 0.15, 0.9
 
 
@@ -38,10 +39,18 @@ def corpus_key(recipe: Recipe) -> str:
         *Path(__file__).parent.glob("*.py"),
         Path(__file__).parent / "phrasings.yaml",
         prompts.PROMPTS_FILE,
+        Path(prompts.__file__),
+        Path(tokenizer.__file__),
     ]
     for path in [*sorted(recipe.corpus.cards.glob("*.md")), *sorted(own)]:
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
+
+
+def data_sha256(folder: Path) -> str:
+    """Digest of a corpus' records: what a run depends on, however they were made."""
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    return hashlib.sha256(json.dumps(manifest["sha256"], sort_keys=True).encode()).hexdigest()
 
 
 def is_current(folder: Path, recipe: Recipe) -> bool:
@@ -69,7 +78,10 @@ def build_corpus(recipe: Recipe, folder: Path, progress: Callable[[str, int], No
         raise CorpusError("A corpus needs at least two cards that are not held out (one is the other's distractor).")
     files = {
         "cpt": _texts(seen, settings, recipe.seed),
-        "sft": _dialogues(seen, seen, settings.dialogues, recipe.seed + 1, "train", _HUMANE_SFT),
+        "sft": chain(
+            _dialogues(seen, seen, settings.selections, recipe.seed + 6, "train", _HUMANE_SFT, headings_only=True),
+            _dialogues(seen, seen, settings.dialogues, recipe.seed + 1, "train", _HUMANE_SFT),
+        ),
         "preferences": _preferences(seen, settings.preferences, recipe.seed + 2),
         "mue": _dialogues(seen, seen, settings.task_dialogues, recipe.seed + 3, "train", _HUMANE_MUE),
         "held_out_questions": _dialogues(
@@ -82,6 +94,8 @@ def build_corpus(recipe: Recipe, folder: Path, progress: Callable[[str, int], No
         )
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
+    if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).exists():
+        raise CorpusError(f"{folder} holds something that is not a corpus. Give another --output.")
     part.mkdir(parents=True)
     counts = {}
     for name, records in files.items():
@@ -127,10 +141,16 @@ def _texts(cards: list[Card], settings: CorpusRecipe, seed: int) -> Iterator[Rec
 
 
 def _dialogues(
-    cards: list[Card], others: list[Card], count: int, seed: int, split: Split, humane: float
+    cards: list[Card],
+    others: list[Card],
+    count: int,
+    seed: int,
+    split: Split,
+    humane: float,
+    headings_only: bool = False,
 ) -> Iterator[Record]:
     rng = random.Random(seed)
-    builder = DialogueBuilder(cards, others, rng, split)
+    builder = DialogueBuilder(cards, others, rng, split, headings_only)
     for index in range(count):
         task, kind, card, turns = _draw(builder, rng)
         messages = _messages(task, turns, rng, humane)

@@ -2,13 +2,12 @@
 
 What the small model must learn is to *read*: match the name in the question with a passage's title and the
 way of asking with its section. So contexts vary without end: distractors from the same card and from others,
-shortened passages, and illnesses renamed to made-up names (`_rename`), so that knowing cards by heart does not help.
+shortened passages, and illnesses renamed to made-up names (`_renamed`), so that knowing cards by heart does not help.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from trainer import prompts
@@ -23,6 +22,7 @@ TASK_SECTIONS: dict[Task, tuple[str, ...]] = {
     "treatment": ("处理", "家庭护理", "转诊"),
 }
 MAX_SENTENCES = 4
+_WHOLE = 0.25  # share of training contexts with whole passages, as the app shows them
 _CHARACTERS = gb2312_level1()
 
 
@@ -37,7 +37,7 @@ class Turn:
     phrase: str = ""
 
     def answer(self, rng: random.Random, humane: float) -> str:
-        """The answer's text; with probability `humane` each, an opening and a referring closing are added."""
+        """The answer's text, with a referring closing at probability `humane` and an opening at half of it."""
         if self.phrase:
             return prompts.prompts()["phrases"][self.phrase]
         phrases = prompts.prompts()["phrases"]
@@ -46,29 +46,41 @@ class Turn:
         return prompts.answer(self.cited, self.passages[self.cited - 1], self.sentences, opening, closing)
 
 
-class DialogueBuilder:
-    """Draws turns about `cards`, with distractors from `others`."""
+# the prompt's task, the card it is about, the turns
+Drawn = tuple[Task, Card, list[Turn]]
 
-    def __init__(self, cards: list[Card], others: list[Card], rng: random.Random, split: str) -> None:
+
+class DialogueBuilder:
+    """Draws turns about `cards`, with distractors from `others`.
+
+    `headings_only` makes selection exercises: passages without text and answers that are the citation alone, so that
+    choosing the passage is all there is to learn, at a fraction of the tokens.
+    """
+
+    def __init__(
+        self, cards: list[Card], others: list[Card], rng: random.Random, split: str, headings_only: bool = False
+    ) -> None:
         self.cards = cards
         self.others = others
         self.rng = rng
         self.phrasing = Phrasing(rng, "train" if split != "held_out_questions" else "held_out")
-        self.rename = split == "train"
+        self.vary = split == "train"
+        self.headings_only = headings_only
 
-    def knowledge(self) -> tuple[Task, Card, list[Turn]]:
+    def knowledge(self) -> Drawn:
         """One named or described question of the knowledge task."""
         return self._single("knowledge", described=0.2)
 
-    def treatment(self) -> tuple[Task, Card, list[Turn]]:
+    def treatment(self) -> Drawn:
         """One question of the treatment task."""
         return self._single("treatment", described=0.3)
 
-    def diagnosis(self) -> tuple[Task, Card, list[Turn]]:
+    def diagnosis(self) -> Drawn:
         """Evidence gathering: complaint → what to ask and look for → reply → what fits, what to do."""
-        card = self._card(lambda c: "判断" in c.sections and len(c.symptoms) >= 2)
-        if self.rng.random() < 0.5:
+        able = [card for card in self.cards if "判断" in card.sections]
+        if self.headings_only or not able or self.rng.random() < 0.5:
             return self._single("diagnosis", described=0.6)
+        card = self.rng.choice(able)
         turns = [self._turn(card, "判断", self.phrasing.complaint(card.symptoms))]
         for _ in range(self.rng.choice([0, 1, 1, 2])):
             question, section = self.phrasing.reply(card.symptoms)
@@ -76,71 +88,58 @@ class DialogueBuilder:
                 turns.append(self._turn(card, section, question))
         return "diagnosis", card, turns
 
-    def refusal(self) -> tuple[Task, Card, list[Turn]]:
+    def refusal(self) -> Drawn:
         """A question that no passage answers: another illness, or nothing a children's library holds."""
-        card = self._card()
+        card = self.rng.choice(self.cards)
+        section = self.rng.choice(list(card.sections))
         if self.rng.random() < 0.5:
             question = self.phrasing.special("out_of_scope")
         else:
-            section = self.rng.choice(list(card.sections))
-            name = self._made_up_name() if self.rename else self.rng.choice(card.names)
+            name = self._made_up_name() if self.vary else self.rng.choice(card.names)
             question = self.phrasing.named(section, name, card.asked.get(section, ()))
-        passages = self._distractors(
-            card, self.rng.choice(list(card.sections)), self.rng.choice([1, 2, 3]), same_card=False
-        )
-        return (
-            self.rng.choice(list(TASK_SECTIONS)),
-            card,
-            [Turn(question, tuple(passages), 0, phrase="refusal")],
-        )
+        passages = self._dress(self._distractors(card, section, self.rng.choice([1, 2, 3]), same_card=False))
+        return self.rng.choice(list(TASK_SECTIONS)), card, [Turn(question, passages, 0, phrase="refusal")]
 
-    def special(self, kind: str) -> tuple[Task, Card, list[Turn]]:
+    def special(self, kind: str) -> Drawn:
         """An identity or prescription question; the passages in the context must not distract."""
-        card = self._card()
-        passages = self._distractors(
-            card, self.rng.choice(list(card.sections)), self.rng.choice([0, 1, 3]), same_card=True
-        )
-        turn = Turn(self.phrasing.special(kind), tuple(passages), 0, phrase=kind)
+        card = self.rng.choice(self.cards)
+        section = self.rng.choice(list(card.sections))
+        passages = self._dress(self._distractors(card, section, self.rng.choice([1, 2, 3]), same_card=True))
+        turn = Turn(self.phrasing.special(kind), passages, 0, phrase=kind)
         return self.rng.choice(list(TASK_SECTIONS)), card, [turn]
 
-    def _single(self, task: Task, described: float) -> tuple[Task, Card, list[Turn]]:
+    def _single(self, task: Task, described: float) -> Drawn:
+        card = self.rng.choice(self.cards)
         if self.rng.random() < described:
-            card = self._card(lambda c: bool(c.symptoms))
             question, section = self.phrasing.symptoms(card.symptoms, card.asked)
             if section in card.sections:
-                return task, card, [self._turn(card, section, question, rename=False)]
-        wanted = TASK_SECTIONS[task] if self.rng.random() < 0.7 else tuple(self.phrasing.tables["sections"])
-        card = self._card(lambda c: bool(set(wanted) & set(c.sections)))
-        section = self.rng.choice([name for name in wanted if name in card.sections])
+                return task, card, [self._turn(card, section, question)]
+        wanted = [name for name in TASK_SECTIONS[task] if name in card.sections and self.rng.random() < 0.9]
+        section = self.rng.choice(wanted or list(card.sections))
         name = card.title if self.rng.random() < 0.7 else self.rng.choice(card.names)
-        return (
-            task,
-            card,
-            [self._turn(card, section, self.phrasing.named(section, name, card.asked.get(section, ())), name=name)],
-        )
+        question = self.phrasing.named(section, name, card.asked.get(section, ()))
+        return task, card, [self._turn(card, section, question, name=name)]
 
-    def _turn(self, card: Card, section: str, question: str, name: str = "", rename: bool = True) -> Turn:
-        """The right passage among distractors, in random order."""
-        target = card.sections[section]
-        count = self.rng.choice([0, 1, 2, 2, 2])
-        passages = [target, *self._distractors(card, section, count, same_card=True)]
-        if self.rename and self.rng.random() < 0.8:
-            passages = [self._shorten(passage) for passage in passages]
-        if self.rename and rename and name and self.rng.random() < 0.5:
+    def _turn(self, card: Card, section: str, question: str, name: str = "") -> Turn:
+        """The right passage among distractors, in random order; a `name` in the question may be made up anew."""
+        count = self.rng.choice([1, 2, 3, 4, 5] if self.headings_only else [0, 1, 2, 2, 2])
+        passages = [card.sections[section], *self._distractors(card, section, count, same_card=True)]
+        passages = list(self._dress(passages))
+        if self.vary and name and self.rng.random() < 0.5:
             new = self._made_up_name()
             question = question.replace(name, new)
-            passages = [self._rename(p, card.title, new) if p.card_id == card.id else p for p in passages]
+            passages = [_renamed(p, card.title, new) if p.card_id == card.id else p for p in passages]
         right = passages[0]
         self.rng.shuffle(passages)
         number = next(index for index, passage in enumerate(passages, 1) if passage is right)
         return Turn(question, tuple(passages), number, right.sentences[:MAX_SENTENCES])
 
     def _distractors(self, card: Card, section: str, count: int, same_card: bool) -> list[Section]:
-        """Other sections of the same card, and sections (often the same one) of other cards."""
+        """Up to `count` other sections of the same card and sections (often the same one) of other cards."""
         chosen: list[Section] = []
-        while len(chosen) < count:
-            if same_card and self.rng.random() < 0.5:
-                options = [s for name, s in card.sections.items() if name != section]
+        for _ in range(4 * count):
+            if same_card and len(card.sections) > 1 and self.rng.random() < 0.5:
+                options = [passage for name, passage in card.sections.items() if name != section]
             else:
                 other = self.rng.choice(self.others)
                 if other.id == card.id:
@@ -148,24 +147,23 @@ class DialogueBuilder:
                 same = other.sections.get(section)
                 options = [same] if same and self.rng.random() < 0.6 else list(other.sections.values())
             candidate = self.rng.choice(options)
-            if all((candidate.card_id, candidate.section) != (s.card_id, s.section) for s in chosen):
+            if len(chosen) < count and candidate not in chosen:
                 chosen.append(candidate)
         return chosen
 
-    def _card(self, fits: Callable[[Card], bool] = lambda card: True) -> Card:
-        while True:
-            card = self.rng.choice(self.cards)
-            if fits(card):
-                return card
-
-    def _shorten(self, section: Section) -> Section:
-        keep = self.rng.choice([1, 1, 2])
-        return replace(section, sentences=section.sentences[:keep])
-
-    def _rename(self, section: Section, old: str, new: str) -> Section:
-        renamed = tuple(sentence.replace(old, new) for sentence in section.sentences)
-        return replace(section, title=new, sentences=renamed)
+    def _dress(self, passages: list[Section]) -> tuple[Section, ...]:
+        """The passages as a training context shows them: headings alone, mostly shortened, sometimes whole."""
+        if self.headings_only:
+            return tuple(replace(passage, sentences=()) for passage in passages)
+        if not self.vary or self.rng.random() < _WHOLE:
+            return tuple(passages)
+        return tuple(replace(p, sentences=p.sentences[: self.rng.choice([1, 1, 2])]) for p in passages)
 
     def _made_up_name(self) -> str:
         stem = "".join(self.rng.choice(_CHARACTERS) for _ in range(self.rng.randint(1, 4)))
         return stem + self.rng.choice(["", "", "", "病", "炎", "症", "热", "疹", "综合征", "外伤", "中毒"])
+
+
+def _renamed(section: Section, old: str, new: str) -> Section:
+    renamed = tuple(sentence.replace(old, new) for sentence in section.sentences)
+    return replace(section, title=new, sentences=renamed)

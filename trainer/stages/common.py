@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import signal
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from trainer.recipe import Recipe, StageRecipe
-
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # names and numbers of malloc.h
+from trainer.stages.checkpoints import forget_after, last_complete
 
 
 class Interrupted(Exception):
@@ -71,6 +68,7 @@ class Watch(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        forget_after(self.metrics_file, self.stage, state.global_step)
         self.progress.update(self.bar, total=state.max_steps, completed=state.global_step)
         self._previous = signal.signal(signal.SIGINT, self._interrupt)
 
@@ -107,10 +105,10 @@ class Watch(TrainerCallback):
             file.write(json.dumps(row) + "\n")
         self.progress.update(self.bar, loss=f"loss {row['loss']:.3f}")
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        signal.signal(signal.SIGINT, self._previous)
+    def close(self) -> None:
+        """Gives Ctrl-C back."""
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
 
     def _interrupt(self, number: int, frame: Any) -> None:
         if self.interrupted:
@@ -119,35 +117,27 @@ class Watch(TrainerCallback):
         self.progress.console.print("Ctrl-C: writing a checkpoint after this step (again to leave at once)…")
 
 
-def keep_freed_memory() -> None:
-    """Tells glibc to keep what tensors free: giving it back and faulting it in again cost a sixth of the speed.
-
-    Only on Linux with glibc, and only on the CPU, where PyTorch has no allocator of its own.
-    """
-    if sys.platform != "linux" or torch.cuda.is_available():
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt:
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def progress_bars() -> Progress:
+def progress_bars(console: Console) -> Progress:
     """The progress display of a run: one bar per stage, with the loss."""
     return Progress(
         TextColumn("[bold]{task.description:<5}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"),
-        TimeRemainingColumn(elapsed_when_finished=True),
+        TimeRemainingColumn(elapsed_when_finished=True), console=console,
     )  # fmt: skip
 
 
 def fit(trainer: Trainer, watch: Watch, checkpoints: Path) -> dict[str, Any]:
-    """Trains, continuing from the last checkpoint if there is one; raises Interrupted after Ctrl-C."""
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    """Trains, continuing from the last complete checkpoint if there is one; raises Interrupted after Ctrl-C."""
+    last, unfinished = last_complete(checkpoints)
+    for name in unfinished:
+        watch.progress.console.print(f"{watch.stage}: {name} was not finished and is left out")
     if last:
-        watch.progress.console.print(f"{watch.stage}: continuing from {Path(last).name}")
+        watch.progress.console.print(f"{watch.stage}: continuing from {last.name}")
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(watch)
-    result = trainer.train(resume_from_checkpoint=last)
+    try:
+        result = trainer.train(resume_from_checkpoint=str(last) if last else None)
+    finally:
+        watch.close()
     if watch.interrupted and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted
     return {

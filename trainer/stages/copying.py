@@ -1,4 +1,4 @@
-"""Copy exercises: before it reads any text the model learns to find a key in its context and repeat what follows.
+"""Copy exercises: before any dialogue the model learns to find a key in its context and repeat what follows.
 
 ``<s> key₁ value₁ <e> key₂ value₂ <e> … <s> keyᵢ → valueᵢ <eos>`` over random tokens: nothing can be memorised, so
 the loss falls only when copying heads appear (for a model of a few million parameters after some hundreds of steps).

@@ -24,7 +24,7 @@ def cpt_trainer(
     records: Sequence[Record],
     checkpoints: Path,
 ) -> SFTTrainer:
-    """Copy exercises first, then the corpus' texts mixed with more of them."""
+    """The corpus' texts mixed with copy exercises (batches are drawn by length)."""
     stage = recipe.stages.cpt
     texts: list[list[int]] = tokenizer([f"{record.text}<|im_end|>" for record in records])["input_ids"]  # type: ignore[assignment]
     special = set(tokenizer.all_special_ids)

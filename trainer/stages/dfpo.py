@@ -66,10 +66,12 @@ def dfpo_trainer(
     rows = [
         {name: _plain(getattr(record, name) or ()) for name in ("prompt", "chosen", "rejected")} for record in records
     ]
+    # Grouping by length looks for `input_ids`, which pairs do not have.
+    arguments = {**training_arguments(recipe, stage, checkpoints), "train_sampling_strategy": "random"}
     return DfpoTrainer(
         model=model,
         ref_model=copy.deepcopy(model),
-        args=DPOConfig(**training_arguments(recipe, stage, checkpoints), beta=stage.beta, loss_type=["sigmoid"]),
+        args=DPOConfig(**arguments, beta=stage.beta, loss_type=["sigmoid"]),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         sft_weight=stage.sft_weight,

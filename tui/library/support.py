@@ -1,18 +1,50 @@
-"""What a free answer may say because a passage says it: wording by character pairs, numbers with units exactly."""
+"""What a free answer may say because a passage says it: wording by character pairs, every number with its unit."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from decimal import Decimal
 
 from tui.library.words import bigrams, normalise
 
-_UNIT = (
-    r"mg/kg/d|mg/kg|ml/kg/h|ml/kg|g/kg|μg/kg|ug/kg|mmol/l|mg/dl|g/l|mg|μg|ug|kg|ml|mm|cm|iu|kpa|kcal|g|l|%|°c|度|"
-    r"次/分|次/分钟|次|个月|月龄|月|岁|周|天|日|小时|分钟|分|秒|片|粒|包|袋|滴|支|单位|毫克|毫升|公斤|克|升|毫米|厘米|倍"
+# Spellings of one unit; what is not listed here counts as it is written.
+_UNITS = {
+    spelling: group[0]
+    for group in (
+        ["mg", "毫克"], ["μg", "ug", "mcg", "微克"], ["g", "克"], ["kg", "公斤", "千克"], ["ml", "毫升"], ["l", "升"],
+        ["mm", "毫米"], ["cm", "厘米"], ["m", "米"], ["°c", "度", "摄氏度"], ["iu", "国际单位"], ["单位", "u"],
+        ["mg/kg"], ["mg/kg/d"], ["ml/kg"], ["ml/kg/h"], ["g/kg"], ["μg/kg", "ug/kg"], ["mmol/l"], ["mg/dl"], ["g/l"],
+        ["kpa"], ["mmhg"], ["kcal", "千卡"], ["%"], ["次/分", "次/分钟"], ["次"], ["个月", "月龄"], ["月"], ["岁", "周岁"],
+        ["年"], ["周", "星期"], ["天", "日"], ["小时", "h"], ["分钟", "min"], ["分"], ["秒", "s"], ["片"], ["粒"], ["包"],
+        ["袋"], ["滴"], ["支"], ["倍"], ["喷"], ["吸"], ["揿"], ["勺"], ["瓶"], ["颗"], ["丸"], ["剂"], ["枚"], ["贴"],
+        ["杯"], ["针"], ["轮"],
+    )
+    for spelling in group
+}  # fmt: skip
+_UNIT = "|".join(
+    # A unit of letters ends where the letters end: 5mg is not 5m.
+    re.escape(unit) + ("(?![a-z/])" if unit[-1].isascii() and unit[-1].isalpha() else "")
+    for unit in sorted(_UNITS, key=len, reverse=True)
 )
-_DIGITS = r"\d+(?:\.\d+)?|[一二两三四五六七八九十半]+"
-_QUANTITY = re.compile(rf"({_DIGITS})(?:(?:~|-|—+|–|至|到)({_DIGITS}))?({_UNIT})")
+_DIGIT = {character: value for value, character in enumerate("〇一二三四五六七八九")} | {"零": 0, "两": 2}
+_POWER = {"十": 10, "百": 100, "千": 1000, "万": 10_000, "亿": 100_000_000}
+_CHINESE = "[一二两三四五六七八九十半〇零][一二两三四五六七八九十半〇零百千万亿]*"
+_ARABIC = r"\d+(?:\.\d+)?(?:[:/]\d+(?:\.\d+)?)*"  # also a ratio 1:1000, a fraction 1/3, a pressure 90/60
+_TO = r"(?:[~〜\-–—−、至到或]+)"
+_FIGURES = re.compile(
+    rf"(?P<word>[a-z]+-?\d[a-z0-9]*)"  # b12, h1n1: a name, not an amount
+    rf"|(?P<parts>{_CHINESE})分之(?P<share>{_CHINESE})"
+    rf"|百分之(?P<percent>{_CHINESE}|{_ARABIC})"
+    rf"|(?P<arabic>{_ARABIC}(?:{_TO}{_ARABIC})*)(?:(?P<unit>(?:{_UNIT})半?)|(?P<power>[百千万亿]*)[多余来]?"
+    rf"(?P<after>(?:{_UNIT})半?|[a-z%°μ/]+|[\u3400-\u9fff])?)"
+    rf"|(?P<chinese>{_CHINESE}(?:{_TO}{_CHINESE})*)[多余来]?(?P<counted>(?!分(?!钟))(?:{_UNIT})半?)"
+    # without a known unit only what cannot be a word like 一般: two numerals and more, ten among them
+    rf"|(?P<large>(?=[^十百千万]*[十百千万])(?!十分|万一){_CHINESE}(?<=..))(?P<noun>[\u3400-\u9fff]?)"
+)
+_LIST_MARK = re.compile(r"^(?:[*#•\-\s]*)(?:\d{1,2}[.、)](?!\d)|\(\d{1,2}\))")
+_REFERENCE = re.compile(rf"[\[【]\d{{1,2}}[\]】](?!{_UNIT})|资料\d{{1,2}}(?!\d|\.|{_UNIT})")
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _SENTENCE = re.compile(r"[^。！？!?\n]+[。！？!?]*")
 _SHARE = 0.6  # of a sentence's character pairs must stand in the passage
 _SHORTEST = 6  # characters; less says nothing that needs support
@@ -24,10 +56,25 @@ def sentences(text: str) -> list[str]:
 
 
 def quantities(text: str) -> set[tuple[str, str]]:
-    """All (number, unit) pairs of a text; a range 10～15mg/kg gives both of its ends."""
+    """All (number, unit) pairs of a text; a range 10～15mg/kg gives both of its ends.
+
+    Numbers are plain decimals (5万 is 50000, 两 is 2) or ratios as written; the unit of a number with none of the
+    known units is the word or character behind it, so that an unknown unit must be found as well.
+    """
+    plain = normalise(_THOUSANDS.sub("", text)).replace("⁄", "/")
     found: set[tuple[str, str]] = set()
-    for low, high, unit in _QUANTITY.findall(normalise(text)):
-        found.update((number, unit) for number in (low, high) if number)
+    for match in _FIGURES.finditer(_REFERENCE.sub("", _LIST_MARK.sub("", plain))):
+        part = match.groupdict(default="")
+        if part["word"]:
+            found.add((part["word"], ""))
+        elif part["parts"]:
+            found.update((f"{share}/{parts}", "") for parts in _values(part["parts"]) for share in _values(part["share"]))
+        elif part["percent"]:
+            found.update((value, "%") for value in _values(part["percent"]))
+        else:
+            numbers = part["arabic"] or part["chinese"] or part["large"]
+            unit = part["unit"] or part["after"] or part["counted"] or part["noun"]
+            found.update((value, _canonical(unit)) for value in _values(numbers, part["power"]))
     return found
 
 
@@ -37,7 +84,10 @@ def unsupported(text: str, passages: Iterable[Sequence[str]], known: Iterable[st
     `passages` are lists of sentences. A passage supports a sentence when it contains most of its character pairs and
     every number with its unit. `known` are fixed phrases that need no support.
     """
-    sources = [(bigrams(normalise("".join(lines))), quantities("".join(lines))) for lines in passages]
+    sources = [
+        (bigrams(normalise("".join(lines))), {figure for line in lines for figure in quantities(line)})
+        for lines in passages
+    ]
     fixed = {normalise(part) for phrase in known for part in sentences(phrase)}
     doubtful = []
     for sentence in sentences(text):
@@ -48,3 +98,48 @@ def unsupported(text: str, passages: Iterable[Sequence[str]], known: Iterable[st
         if not supported:
             doubtful.append(sentence)
     return tuple(doubtful)
+
+
+def _canonical(unit: str) -> str:
+    half = "半" if unit.endswith("半") else ""  # 1岁半 is another age than 1岁
+    bare = unit.removesuffix("半")
+    return _UNITS.get(bare, bare) + half
+
+
+def _values(numbers: str, power: str = "") -> Iterator[str]:
+    """The numbers of a range or list, each as a plain decimal; a ratio stays as it is written."""
+    for number in re.split(_TO, numbers):
+        if ":" in number or "/" in number:
+            yield number + power
+        elif number[0].isdecimal():
+            factor = 1
+            for character in power:
+                factor *= _POWER[character]
+            yield _decimal(Decimal(number) * factor)
+        else:
+            yield from _chinese(number)
+
+
+def _chinese(number: str) -> Iterator[str]:
+    """二十四 is 24, 半 is 0.5, 一点 has no value here, 两三 (天) are 2 and 3, 二〇二二 is 2022."""
+    digits = [_DIGIT[character] for character in number if character in _DIGIT]
+    if len(digits) == len(number):
+        yield from map(str, digits) if len(digits) == 2 and 0 not in digits else ["".join(map(str, digits))]
+        return
+    total = section = digit = Decimal(0)
+    for character in number:
+        if character == "半":
+            total += Decimal("0.5")
+        elif character in _DIGIT:
+            digit = Decimal(_DIGIT[character])
+        elif _POWER[character] < 10_000:
+            section += (digit or 1) * _POWER[character]
+            digit = Decimal(0)
+        else:
+            total = (total + section + digit) * _POWER[character]
+            section = digit = Decimal(0)
+    yield _decimal(total + section + digit)
+
+
+def _decimal(value: Decimal) -> str:
+    return f"{value.normalize():f}"

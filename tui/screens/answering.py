@@ -1,4 +1,4 @@
-"""Loading the session and running one answer at a time, in worker threads; text arrives in batches."""
+"""Opening the model and running one answer at a time, in worker threads; text arrives in batches."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from textual.message import Message
 from textual.screen import Screen
 
 from tui.consultation import Consultation, Delta, Finished
-from tui.messages import SessionFailed, SessionReady, TextArrived, TurnBroken, TurnProgress
-from tui.screens.session import Opener, Session
+from tui.messages import OpeningFailed, ModelOpened, TextArrived, TurnBroken, TurnProgress
+from tui.screens.opening import Opener, Opened
 from tui.widgets.transcript import AnswerTurn
 
 BATCH_SECONDS = 0.033  # at most 30 repaints a second, however fast the model writes
@@ -62,12 +62,12 @@ def answer(consultation: Consultation, turn: AnswerTurn, buffer: TextBuffer, pos
 
 
 class AnsweringScreen(Screen[None]):
-    """Holds the session and the running answer. The subclass shows them: `changed`, `ready`, `failed`."""
+    """Holds what was opened and the running answer. The subclass shows them: `changed`, `ready`, `failed`."""
 
     def __init__(self, opener: Opener) -> None:
         super().__init__()
         self._opener = opener
-        self.session: Session | None = None
+        self.opened: Opened | None = None
         self.load_failed = False
         self.running: AnswerTurn | None = None
         self._buffer = TextBuffer()
@@ -77,50 +77,50 @@ class AnsweringScreen(Screen[None]):
         """``turn`` shows more than before, or has ended."""
         raise NotImplementedError
 
-    def ready(self, session: Session) -> None:
-        """The session is there."""
+    def ready(self, opened: Opened) -> None:
+        """The model is loaded."""
         raise NotImplementedError
 
     def failed(self, cause: str) -> None:
-        """The session could not be opened."""
+        """The model could not be opened."""
         raise NotImplementedError
 
     @work(thread=True, group="load")
     def load(self) -> None:
-        """Open the session; ends in `ready` or `failed`."""
+        """Open the model; ends in `ready` or `failed`."""
         try:
-            session = self._opener.open()
+            opened = self._opener.open()
         except Exception as error:  # whatever it is, the user sees it in the panel, not as a traceback
-            self.post_message(SessionFailed(str(error) or type(error).__name__))
+            self.post_message(OpeningFailed(str(error) or type(error).__name__))
         else:
-            self.post_message(SessionReady(session))
+            self.post_message(ModelOpened(opened))
 
     def run_turn(self, turn: AnswerTurn) -> None:
-        """Make ``turn`` the running one; it starts at once, or when the session is ready."""
+        """Make ``turn`` the running one; it starts at once, or when the model is loaded."""
         self.running = turn
-        if self.session is not None:
-            self._start(self.session.consultation, turn)
+        if self.opened is not None:
+            self._start(self.opened.consultation, turn)
 
     def stop_turn(self) -> None:
         """Stop the running answer; one that has not started is cancelled."""
         if self.running is None:
             return
-        if self.session is None:
+        if self.opened is None:
             self.running.cancel()
             self._end(self.running)
         else:
             self.running.stop_requested = True
-            self.session.consultation.stop()
+            self.opened.consultation.stop()
 
-    def on_session_ready(self, message: SessionReady) -> None:
+    def on_model_opened(self, message: ModelOpened) -> None:
         """Start what waits."""
-        self.session = message.session
+        self.opened = message.opened
         self.load_failed = False
-        self.ready(message.session)
+        self.ready(message.opened)
         if self.running is not None:
-            self._start(message.session.consultation, self.running)
+            self._start(message.opened.consultation, self.running)
 
-    def on_session_failed(self, message: SessionFailed) -> None:
+    def on_opening_failed(self, message: OpeningFailed) -> None:
         """Give back what waits."""
         self.load_failed = True
         self.failed(message.cause)

@@ -14,7 +14,7 @@ from tui.consultation import Mode, Task
 from tui.screens.answering import AnsweringScreen
 from tui.screens.confirm import ConfirmScreen
 from tui.screens.help import MODE_MEANING, HelpScreen
-from tui.screens.session import Opener, Session
+from tui.screens.opening import Opener, Opened
 from tui.widgets.banner import Banner
 from tui.widgets.composer import Composer
 from tui.widgets.evidence import EvidencePanel
@@ -85,15 +85,15 @@ class ConsultationScreen(AnsweringScreen):
         self.set_interval(1.0, self._tick)
         self.call_after_refresh(self.load)
 
-    def ready(self, session: Session) -> None:
+    def ready(self, opened: Opened) -> None:
         """Say what the model is."""
-        model = session.model
+        model = opened.model
         self.query(LoadFailure).remove()
         self.query_one(Welcome).show_notes(model.notes)
         self.query_one(Banner).show(demonstration=model.demonstration)
         self.query_one(HintLine).show_model(f"{model.name} · {model.quant}")
         if self._mode_is_default:
-            self._set_mode(session.consultation.mode or self.chosen_mode)
+            self._set_mode(opened.consultation.mode or self.chosen_mode)
         self.show_hint()
 
     def failed(self, cause: str) -> None:
@@ -125,7 +125,7 @@ class ConsultationScreen(AnsweringScreen):
         elif self.running is not None:
             self.show_hint("正在回答，Esc 停止后再发送", warning=True)
         else:
-            self.query_one(Composer).clear()
+            self.query_one(Composer).take(message.text)
             self.ask(message.text)
 
     def ask(self, question: str) -> None:
@@ -154,7 +154,7 @@ class ConsultationScreen(AnsweringScreen):
     @work
     async def action_new(self) -> None:
         """F2: forget the conversation; asks first while an answer is running."""
-        if self.running is not None and self.session is not None:
+        if self.running is not None and self.opened is not None:
             question = "正在回答。停止并开始新会诊吗？\n当前对话不会保存。"
             if not await self.app.push_screen_wait(ConfirmScreen(question, "开始新会诊")):
                 return
@@ -166,8 +166,8 @@ class ConsultationScreen(AnsweringScreen):
 
     def _renew(self) -> None:
         self._renew_after_stop = False
-        if self.session is not None:
-            self.session.consultation.reset()
+        if self.opened is not None:
+            self.opened.consultation.reset()
         self.current = None
         self.query_one(Transcript).clear()
         self.query_one(Welcome).display = not self.load_failed
@@ -230,7 +230,7 @@ class ConsultationScreen(AnsweringScreen):
     def action_help(self) -> None:
         """F1."""
         bindings = [*Composer.BINDINGS, *self.BINDINGS]
-        self.app.push_screen(HelpScreen(bindings, self.session.model if self.session else None))
+        self.app.push_screen(HelpScreen(bindings, self.opened.model if self.opened else None))
 
     # What is shown
 
@@ -275,7 +275,9 @@ class ConsultationScreen(AnsweringScreen):
         self._show_evidence(turn)
 
     def _show_evidence(self, turn: AnswerTurn) -> None:
-        self.query_one(EvidencePanel).show(turn.passages, turn.cited, asked=turn.ended or bool(turn.passages))
+        self.query_one(EvidencePanel).show(
+            turn.passages, turn.cited, turn.alarming, asked=turn.ended or bool(turn.passages)
+        )
 
     def _set_mode(self, mode: Mode) -> None:
         self.chosen_mode = mode
@@ -289,7 +291,7 @@ class ConsultationScreen(AnsweringScreen):
             pass
         elif self.load_failed:
             text, warning = "模型没有打开：F5 重试", True
-        elif self.session is None:
+        elif self.opened is None:
             text = "正在加载模型，加载好后自动发送 · Esc 取消" if self.running else "正在加载模型，可以先输入"
         elif self.running is not None:
             text = "正在回答 · Esc 停止"

@@ -1,6 +1,8 @@
-"""Beside the answer: the danger signs of the cited cards and the passages with their sources."""
+"""Beside the answer: the danger signs of the cards it stands on and the passages with their sources."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 from textual.app import ComposeResult
 from textual.containers import Horizontal, Vertical, VerticalScroll
@@ -16,7 +18,7 @@ NOTHING = "资料库里没有找到相关条目。"
 
 
 class RedFlags(VerticalScroll, can_focus=True):
-    """The danger signs of the cited cards; stays on the screen while its answer is shown, scrolls when long."""
+    """The danger signs of one or more cards; stays on the screen while its answer is shown, scrolls when long."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,11 +35,9 @@ class RedFlags(VerticalScroll, can_focus=True):
         """The danger signs as they are shown; empty when the box is hidden."""
         return self._content().plain if self.display else ""
 
-    def show(self, passages: tuple[Passage, ...], cited: tuple[int, ...]) -> None:
-        """Show the signs of every card cited in the answer; hide the box when none is cited."""
-        self._cards = {
-            passage.title: passage.red_flags for passage in passages if passage.number in cited and passage.red_flags
-        }
+    def show(self, passages: Iterable[Passage]) -> None:
+        """Show the signs of the cards of ``passages``; hide the box when there are none."""
+        self._cards = {passage.title: passage.red_flags for passage in passages if passage.red_flags}
         self.display = bool(self._cards)
         self._signs.update(self._content())
         self.scroll_home(animate=False)
@@ -71,7 +71,7 @@ class EvidencePanel(Vertical):
 
     def __init__(self, *, id: str) -> None:
         super().__init__(id=id, classes="-empty")
-        self._shown: tuple[tuple[Passage, ...], tuple[int, ...], bool] | None = None
+        self._shown: tuple[object, ...] = ()
 
     def compose(self) -> ComposeResult:
         """Parts in the order of urgency."""
@@ -84,15 +84,20 @@ class EvidencePanel(Vertical):
 
     def clear(self) -> None:
         """Nothing asked yet."""
-        self.show((), (), asked=False)
+        self.show((), (), (), asked=False)
 
-    def show(self, passages: tuple[Passage, ...], cited: tuple[int, ...], *, asked: bool = True) -> None:
-        """Show what was found for an answer and which of it the answer cites; cheap when nothing changed."""
-        if self._shown == (passages, cited, asked):
+    def show(
+        self, passages: tuple[Passage, ...], cited: tuple[int, ...], alarming: tuple[int, ...], *, asked: bool
+    ) -> None:
+        """Show what was found for an answer, cheap when nothing changed.
+
+        ``cited`` and ``alarming`` are numbers of passages: those the answer cites, those whose danger signs are shown.
+        """
+        if self._shown == (passages, cited, alarming, asked):
             return
-        self._shown = (passages, cited, asked)
+        self._shown = (passages, cited, alarming, asked)
         self.set_class(not asked, "-empty")
-        self.query_one(RedFlags).show(passages, cited)
+        self.query_one(RedFlags).show(passage for passage in passages if passage.number in alarming)
         self.query_one("#evidence-head", Static).update(_headline(passages, cited))
         listing = self.query_one("#evidence-list", VerticalScroll)
         listing.remove_children()

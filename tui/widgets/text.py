@@ -8,8 +8,10 @@ from collections.abc import Iterable
 from textual.content import Content, Span
 
 from tui.consultation import Source, sanitised
+from tui.library.support import sentences
 
 _CITATION = re.compile(r"\[(\d{1,2})\]")
+_HEADING = re.compile(r"^.{0,80}\[(\d{1,2})\]：$", re.MULTILINE)  # 根据手足口病·家庭护理[1]：
 UNSUPPORTED = "（资料未支持）"
 
 
@@ -26,32 +28,36 @@ def cited_numbers(text: str, known: Iterable[int]) -> tuple[int, ...]:
 
 
 def answer_content(text: str, known: Iterable[int] = (), unsupported: Iterable[str] = ()) -> Content:
-    """Style an answer: citations of known passages stand out, unsupported sentences are marked in words.
+    """Style an answer: citations of known passages stand out, lines that only cite one are quiet headings.
 
-    ``unsupported`` sentences that do not occur in ``text`` are ignored.
+    Every sentence that equals one of ``unsupported`` is marked in words; those that do not occur are ignored.
     """
-    body = text.strip("\n")
-    spans: list[Span] = []
-    for sentence in dict.fromkeys(part.strip() for part in unsupported):
-        start = body.find(sentence) if sentence else -1
-        if start < 0:
-            continue
-        end = start + len(sentence)
-        body = body[:end] + UNSUPPORTED + body[end:]
-        shift = len(UNSUPPORTED)
-        spans = [Span(a + shift, b + shift, style) if a >= end else Span(a, b, style) for a, b, style in spans]
-        spans += [Span(start, end, "$warning"), Span(end, end + shift, "bold $warning")]
     numbers = set(known)
-    spans += [
-        Span(*match.span(), "bold $primary") for match in _CITATION.finditer(body) if int(match.group(1)) in numbers
-    ]
+    body, spans = _marked(text.strip("\n"), {sentence.strip() for sentence in unsupported})
+    for match in _HEADING.finditer(body):
+        if int(match.group(1)) in numbers:
+            spans.append(Span(*match.span(), "$muted"))
+    for match in _CITATION.finditer(body):
+        if int(match.group(1)) in numbers:
+            spans.append(Span(*match.span(), "bold $primary"))
     return Content(body, spans=spans)
+
+
+def _marked(text: str, unsupported: set[str]) -> tuple[str, list[Span]]:
+    """``text`` with a mark after every unsupported sentence, and the styles of both."""
+    body, spans, position = "", list[Span](), 0
+    for sentence in sentences(text):  # in order, so the next one is the first one found from here on
+        start = text.index(sentence, position)
+        end = start + len(sentence)
+        body += text[position:end]
+        if sentence in unsupported:
+            spans.append(Span(len(body) - len(sentence), len(body), "$warning"))
+            spans.append(Span(len(body), len(body) + len(UNSUPPORTED), "bold $warning"))
+            body += UNSUPPORTED
+        position = end
+    return body + text[position:], spans
 
 
 def source_line(source: Source) -> str:
     """Title, edition and organisation of a source in one line."""
     return f"《{source.title}》{source.edition}，{source.organisation}"
-
-
-def _moved(span: Span, by: int) -> Span:
-    return Span(span.start + by, span.end + by, span.style)

@@ -70,6 +70,24 @@ class AnswerTurn(VerticalGroup):
         self._ending = Static("", classes="turn-ending", markup=False)
         self._meta = Static("", classes="turn-meta", markup=False)
 
+    @property
+    def alarming(self) -> tuple[int, ...]:
+        """Numbers of the passages whose danger signs belong beside the answer.
+
+        Those it cites. Text over passages need not cite any, and must not go without: then the first one found,
+        at once in grounded mode, after the end in quote mode, where the citation only has not come yet.
+        """
+        cites_later = self.mode is Mode.QUOTE and not self.ended
+        refused = self.answer is not None and self.answer.refused
+        if self.cited or cites_later or refused:
+            return self.cited
+        return self._citable[:1]
+
+    @property
+    def _citable(self) -> tuple[int, ...]:
+        # In free mode the model has not seen the passages: a [1] in its text is no citation.
+        return () if self.mode is Mode.FREE else tuple(passage.number for passage in self.passages)
+
     def compose(self) -> ComposeResult:
         """The label first: no word of an answer stands without it."""
         yield Static(f"{LABEL} · {self.mode.label}", classes="turn-head", markup=False)
@@ -112,7 +130,7 @@ class AnswerTurn(VerticalGroup):
             case Delta(text=text):
                 self._activity = "正在回答"
                 self.text += text
-                self.cited = cited_numbers(self.text, (passage.number for passage in self.passages))
+                self.cited = cited_numbers(self.text, self._citable)
                 self._show_text()
             case Finished(answer=answer):
                 self._finish(answer)
@@ -154,9 +172,8 @@ class AnswerTurn(VerticalGroup):
         self.set_class(bool(ending), "-unfinished")
 
     def _show_text(self, unsupported: tuple[str, ...] = ()) -> None:
-        numbers = [passage.number for passage in self.passages]
         self._body.display = bool(self.text.strip())
-        self._body.update(answer_content(self.text, numbers, unsupported))
+        self._body.update(answer_content(self.text, self._citable, unsupported))
 
 
 class Transcript(VerticalScroll, can_focus=True):

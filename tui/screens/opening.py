@@ -15,7 +15,7 @@ from tui.library import Library
 
 
 @dataclass(frozen=True)
-class Session:
+class Opened:
     """A loaded model and the consultation that talks to it."""
 
     consultation: Consultation
@@ -23,9 +23,9 @@ class Session:
 
 
 class Opener(Protocol):
-    """How the app gets its session; tests pass their own."""
+    """How the app gets its model; tests pass their own."""
 
-    def open(self) -> Session:
+    def open(self) -> Opened:
         """Load everything; runs in a worker thread and may take long. Raises EngineError or LibraryError."""
         ...
 
@@ -56,7 +56,7 @@ class ModelOpener:
         self._closed = False
         self._lock = Lock()
 
-    def open(self) -> Session:
+    def open(self) -> Opened:
         """See `Opener.open`; an engine left from a failed attempt is replaced."""
         path = self._model_path or embedded_model()
         with self._lock:
@@ -67,7 +67,7 @@ class ModelOpener:
             engine = self._engine = Engine.start(path, context=self._context, threads=self._threads)
         library = Library.load(self._cards)  # while the child loads the model
         model = engine.wait_ready()
-        return Session(Consultation(engine, library, task=self._task, mode=self._mode), model)
+        return Opened(Consultation(engine, library, task=self._task, mode=self._mode), model)
 
     def close(self) -> None:
         """See `Opener.close`; a waiting `open` then ends with EngineError."""
