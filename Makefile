@@ -28,7 +28,7 @@ lint: $(VENV)/all.stamp
 
 $(VENV)/llama.stamp: constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "PediatricsGPT needs Python 3.11 or newer; this is %d.%d. Call: make run PYTHON=python3.11" % sys.version_info[:2])'
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@$(PIP) install -q -c constraints.txt numpy jinja2
 	@$(BIN)/python scripts/build_llama.py
 	@touch $@

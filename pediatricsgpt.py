@@ -39,15 +39,16 @@ def main(argv: list[str] | None = None) -> int:
         command: Callable[[list[str]], int] = importlib.import_module(f"{package}.cli").COMMANDS[name]
         return command(rest)
     except ModuleNotFoundError as error:
-        if error.name in ("tui", "trainer", "quantize") or extra is None:
+        if (error.name or "").split(".")[0] in ("tui", "trainer", "quantize"):
             raise
+        remedy = f"pip install 'pediatricsgpt[{extra}]' (in a clone: make install)" if extra else "make run"
         print(
-            f"pediatricsgpt: `{name}` needs {error.name}, which is not installed. "
-            f"Add it with: pip install 'pediatricsgpt[{extra}]' (in a clone: make install).",
+            f"pediatricsgpt: `{name}` needs {error.name}, which is not installed. Add it with: {remedy}.",
             file=sys.stderr,
         )
         return 2
     except KeyboardInterrupt:
+        print("pediatricsgpt: stopped.", file=sys.stderr)
         return 130
 
 

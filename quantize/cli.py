@@ -41,15 +41,8 @@ def main(argv: list[str]) -> int:
         arguments = _parse(argv)
     except SystemExit as error:
         return int(error.code or 0)
-    try:
-        from quantize import export
-    except ModuleNotFoundError as error:
-        console.print(
-            f"Exporting needs the package {error.name}: pip install 'pediatricsgpt[quantize]'.",
-            style="red",
-            markup=False,
-        )
-        return 2
+    from quantize import export
+
     options = export.Options(
         run=arguments.run,
         quants=tuple(dict.fromkeys(arguments.quant or ["Q8_0"])),
@@ -61,15 +54,8 @@ def main(argv: list[str]) -> int:
     try:
         with _progress(console) as progress:
             result = export.export(options, progress)
-    except BadInput as error:
+    except (BadInput, OSError) as error:
         console.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
-        return 2
-    except ModuleNotFoundError as error:
-        console.print(
-            f"Exporting needs the package {error.name}: pip install 'pediatricsgpt[quantize]'.",
-            style="red",
-            markup=False,
-        )
         return 2
     except KeyboardInterrupt:
         console.print("Stopped; nothing was left under a final name.", style="yellow")

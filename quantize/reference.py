@@ -5,6 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,9 +74,11 @@ def collect(
         dialogues = [_composed(dialogue) for dialogue in dialogues]
     conversations = [_renderings(live, dialogue) for dialogue in dialogues]
     longest = min(live.context, _SEQUENCE_TOKENS)
-    whole = [renderings[-1].ids for renderings in conversations[:_SEQUENCES]]
-    whole += [live.chat_ids(dialogue.messages, answer_next=False) for dialogue in run.calibration[:_SEQUENCES]]
-    sequences = [ids[:longest] for ids in whole]
+    fixed = [renderings[-1].ids for renderings in conversations[:_SEQUENCES]]
+    given = [live.chat_ids(dialogue.messages, answer_next=False) for dialogue in run.calibration[:_SEQUENCES]]
+    # In turn, so that a large vocabulary's budget leaves some of both kinds.
+    whole = [ids for pair in zip_longest(given, fixed) for ids in pair if ids]
+    sequences = _shortened(whole, longest, _LOGITS // len(vocabulary.tokens))
     limit = max(1, min(_GREEDY_TOKENS, live.context // 2))
     prompts = [live.chat_ids(dialogue.messages[:-1], answer_next=True) for dialogue in run.calibration]
     prompts = [prompt for prompt in prompts if len(prompt) + limit <= live.context][:_GREEDY]

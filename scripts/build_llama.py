@@ -72,4 +72,10 @@ def _show(done: int, total: int, seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        raise SystemExit(main())
+    except KeyboardInterrupt:
+        print("\nInterrupted. The same command starts the build again.")
+        raise SystemExit(130) from None
+    except OSError as error:
+        raise SystemExit(f"The build log cannot be written: {error}. Make room on the disk.") from None

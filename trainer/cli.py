@@ -58,7 +58,7 @@ def corpus(argv: list[str]) -> int:
     if arguments.json:
         print(
             json.dumps(
-                {"folder": str(folder), "counts": manifest["counts"], "cards": manifest["cards"]},
+                {"folder": str(folder), "counts": manifest["counts"], "held_out_cards": manifest["held_out_cards"]},
                 ensure_ascii=False,
             )
         )

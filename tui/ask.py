@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from tui.batch import InputError, batch_lines, decoded, output
 from tui.consultation import (
     DEMONSTRATION_NOTICE,
     Answer,
@@ -30,11 +27,12 @@ from tui.engine.process import Engine, ModelInfo
 from tui.library import Library
 
 _FAILED = 1
-_MARKS = {"stopped": "（已停止）", "length": "（回答过长，已截断）", "context": "（上下文已满，回答不完整）"}
-
-
-class InputError(Exception):
-    """The input cannot be used; the message is one sentence with the remedy."""
+_MARKS = {
+    "stopped": "（已停止）",
+    "length": "（回答过长，已截断）",
+    "context": "（上下文已满，回答不完整）",
+    "error": "（出错中断，回答不完整）",
+}
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ class Request:
 def answer(request: Request, options: argparse.Namespace) -> int:
     """Carry out a request; returns the exit code. Raises InputError, EngineError or LibraryError."""
     # Input is read before the model is loaded: what is wrong with it is said at once.
-    lines = list(_batch_lines(request.batch)) if request.batch else []
+    lines = list(batch_lines(request.batch)) if request.batch else []
     question = None if request.batch else _question(request.question)
     with Engine.start(options.model or embedded_model(), context=options.context, threads=options.threads) as engine:
         library = Library.load()
@@ -63,15 +61,15 @@ def answer(request: Request, options: argparse.Namespace) -> int:
         if info.demonstration:
             print(DEMONSTRATION_NOTICE, file=sys.stderr, flush=True)
         for note in info.notes if status else ():
-            print(note, file=status)
+            print(note, file=status, flush=True)
         mode = Mode(options.mode) if options.mode else None
         if question is None:
-            with _output(request.output) as stream:
-                return _answer_batch(lines, engine, library, Task(options.task), mode, stream)
+            with output(request.output) as stream:
+                return _answer_batch(lines, engine, library, info, Task(options.task), mode, stream)
         consultation = Consultation(engine, library, task=Task(options.task), mode=mode)
         if request.json:
             result = _finish(consultation, question)
-            print(json.dumps(to_json(result, question, info), ensure_ascii=False, indent=2))
+            print(_json(to_json(result, question, info), indent=2))
         else:
             if request.show_question:
                 print(f"问：{question}\n")
@@ -79,7 +77,12 @@ def answer(request: Request, options: argparse.Namespace) -> int:
             _print_passages(result, info)
         if result.error:
             print(f"pediatricsgpt: {result.error}", file=sys.stderr)
-        return _FAILED if result.error else 0
+        return _FAILED if _failed(result) else 0
+
+
+def _failed(result: Answer) -> bool:
+    """Whether there is no whole answer: something broke, or the context was full."""
+    return result.error is not None or result.stop_reason in ("error", "context")
 
 
 def to_json(result: Answer, question: str, info: ModelInfo) -> dict[str, Any]:
@@ -97,6 +100,7 @@ def to_json(result: Answer, question: str, info: ModelInfo) -> dict[str, Any]:
                 "title": p.title,
                 "section": p.section,
                 "score": p.score,
+                "red_flags": list(p.red_flags),
                 "sources": [_source(p, index) for index in range(len(p.sources))],
             }
             for p in result.passages
@@ -120,6 +124,11 @@ def to_json(result: Answer, question: str, info: ModelInfo) -> dict[str, Any]:
     }
 
 
+def _json(value: dict[str, Any], indent: int | None = None) -> str:
+    # JSON leaves some control characters of a question or a name as they are
+    return sanitised(json.dumps(value, ensure_ascii=False, indent=indent))
+
+
 def _finish(consultation: Consultation, question: str) -> Answer:
     """Ask and wait for the whole answer."""
     *_, last = consultation.ask(question)
@@ -128,22 +137,34 @@ def _finish(consultation: Consultation, question: str) -> Answer:
 
 
 def _stream(consultation: Consultation, question: str, status: IO[str] | None) -> Answer:
-    """Ask and print the text while it comes."""
-    result = None
-    for event in consultation.ask(question):
-        match event:
-            case Reading(done, total) if status and status.isatty():
-                print(f"\r正在阅读资料 {done}/{total}", end="\n" if done == total else "", file=status, flush=True)
-            case Delta(text):
-                print(text, end="", flush=True)
-            case Finished(answer=found):
-                result = found
-    assert result is not None
-    if not result.text.endswith("\n"):
-        print()
-    if mark := _MARKS.get(result.stop_reason):
-        print(mark)
+    """Ask and print the text while it comes; what is not whole is marked as such, also after a Ctrl-C."""
+    result, shown = None, ""
+    try:
+        for event in consultation.ask(question):
+            match event:
+                case Reading(done, total) if status and status.isatty():
+                    end = "\n" if done == total else ""
+                    print(f"\r正在阅读资料 {done}/{total}", end=end, file=status, flush=True)
+                case Delta(text):
+                    shown = text
+                    print(text, end="", flush=True)
+                case Finished(answer=found):
+                    result = found
+        assert result is not None
+        _print_mark(shown, result.stop_reason)
+    except KeyboardInterrupt:
+        consultation.stop()
+        _print_mark(shown, "stopped")
+        raise
     return result
+
+
+def _print_mark(shown: str, stop_reason: str) -> None:
+    """End the line, and say why the answer is not whole if it is not."""
+    if not shown.endswith("\n"):
+        print()
+    if mark := _MARKS.get(stop_reason):
+        print(mark, flush=True)
 
 
 def _print_passages(result: Answer, info: ModelInfo) -> None:
@@ -160,9 +181,24 @@ def _print_passages(result: Answer, info: ModelInfo) -> None:
             print(f"    来源：{_source(passage, index)}")
     for sentence in result.unsupported:
         print(f"资料未支持：{sentence}")
+    for title, flags in _red_flags(result).items():
+        print(f"\n危险信号（{title}）：出现任何一项立即转诊")
+        for flag in flags:
+            print(f"    · {flag}")
     print(f"\n{result.mode.label} · {result.task.label} · {result.tokens} 词元，{result.tokens_per_second:.0f} 词元/秒")
     if info.demonstration:
         print(DEMONSTRATION_NOTICE)
+
+
+def _red_flags(result: Answer) -> dict[str, tuple[str, ...]]:
+    """Title and danger signs of the cards the answer cites; where it cites none, of the first one found.
+
+    None for a refusal, and none in free mode, where the answer does not come from the cards.
+    """
+    cited = [p for p in result.passages if p.number in result.cited]
+    if not cited and not result.refused and result.mode is not Mode.FREE:
+        cited = list(result.passages[:1])
+    return {p.title: p.red_flags for p in cited if p.red_flags}
 
 
 def _source(passage: Passage, index: int) -> str:
@@ -175,56 +211,28 @@ def _question(text: str | None) -> str:
     if text is None or text == "-":
         if sys.stdin.isatty():
             print("请输入问题，以 Ctrl-D 结束：", file=sys.stderr)
-        text = _decoded(sys.stdin.buffer.read(), "standard input")
+        text = decoded(sys.stdin.buffer.read(), "standard input")
+    elif not _is_unicode(text):  # bytes of another encoding come as surrogates
+        raise InputError("the question is not UTF-8; use a UTF-8 terminal, or send it through standard input as UTF-8.")
     text = sanitised(text).strip()
     if not text:
         raise InputError('the question is empty; write it behind "ask" or send it through standard input.')
     return text
 
 
-def _decoded(raw: bytes, where: str) -> str:
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        raise InputError(
-            f"{where} is not UTF-8 (line {line}); convert it, for instance: iconv -f GB18030 -t UTF-8."
-        ) from error
-
-
-def _batch_lines(name: str) -> Iterator[dict[str, Any]]:
-    """The checked lines of a batch; raises InputError with the line number."""
-    where = "standard input" if name == "-" else name
-    try:
-        raw = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-    except OSError as error:
-        raise InputError(f"{name} cannot be read ({error.strerror}); check the path.") from error
-    for number, text in enumerate(_decoded(raw, where).split("\n"), 1):
-        if text.strip():
-            yield _checked(text, f"{where} line {number}")
-
-
-def _checked(text: str, where: str) -> dict[str, Any]:
-    known = {"question", "id", "task", "mode", "history"}
-    try:
-        line = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where} is not JSON ({error.msg}); write one object per line.") from error
-    if not isinstance(line, dict) or not isinstance(line.get("question"), str) or not line["question"].strip():
-        raise InputError(f'{where} needs a "question" with text.')
-    if unknown := sorted(set(line) - known):
-        raise InputError(f"{where} has the unknown key {unknown[0]!r}; known are {', '.join(sorted(known))}.")
-    history = line.get("history", [])
-    if not isinstance(history, list) or not all(isinstance(q, str) and q.strip() for q in history):
-        raise InputError(f'{where}: "history" is a list of earlier questions.')
-    for key, values in (("task", Task), ("mode", Mode)):
-        if key in line and line[key] not in list(values):
-            raise InputError(f'{where}: "{key}" is one of {", ".join(values)}, not {line[key]!r}.')
-    return line
+def _is_unicode(text: str) -> bool:
+    """False for text with surrogates, which no encoding can write."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _answer_batch(
-    lines: list[dict[str, Any]], engine: Engine, library: Library, task: Task, mode: Mode | None, stream: IO[str]
+    lines: list[dict[str, Any]],
+    engine: Engine,
+    library: Library,
+    info: ModelInfo,
+    task: Task,
+    mode: Mode | None,
+    stream: IO[str],
 ) -> int:
     """Answer each line in order, each in a new consultation that first hears its history."""
     failed = False
@@ -236,28 +244,10 @@ def _answer_batch(
             mode=Mode(line["mode"]) if "mode" in line else mode,
         )
         for earlier in line.get("history", []):
-            _finish(consultation, earlier)
+            failed = _failed(_finish(consultation, earlier)) or failed
         result = _finish(consultation, line["question"])
-        failed = failed or result.stop_reason == "error"
-        written = to_json(result, line["question"], engine.wait_ready())
-        stream.write(json.dumps({"id": line.get("id"), **written}, ensure_ascii=False) + "\n")
+        failed = _failed(result) or failed
+        written = to_json(result, line["question"], info)
+        stream.write(_json({"id": line.get("id"), **written}) + "\n")
         stream.flush()
     return _FAILED if failed else 0
-
-
-@contextmanager
-def _output(path: Path | None) -> Iterator[IO[str]]:
-    """Standard output, or a file that gets its name only when it is complete."""
-    if path is None:
-        yield sys.stdout
-        return
-    part = path.with_name(path.name + ".part")
-    try:
-        with part.open("w", encoding="utf-8") as stream:
-            yield stream
-        os.replace(part, path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}); check folder and disk space.") from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()

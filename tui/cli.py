@@ -102,9 +102,12 @@ def _parser(name: str, text: str) -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
     if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return value
 
 
@@ -132,25 +135,36 @@ def _run(request: Request, options: argparse.Namespace) -> int:
 
 def _guarded(action: Callable[[], int]) -> int:
     """Turn expected failures into one sentence on standard error and an exit code."""
-    from tui.ask import InputError
+    from tui.batch import InputError
     from tui.engine import EngineError
+    from tui.engine.contract import sanitised
     from tui.library.cards import LibraryError
 
     for stream in (sys.stdout, sys.stderr):
-        if not stream.isatty() and isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(encoding="utf-8", errors="replace")  # a pipe is UTF-8 whatever the locale
+        if isinstance(stream, io.TextIOWrapper):
+            # A pipe is UTF-8 whatever the locale; a terminal shows ? for what it cannot show.
+            stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="replace")
     try:
         code = action()
         sys.stdout.flush()
         return code
     except (EngineError, LibraryError, InputError) as error:
-        print(f"pediatricsgpt: {error}", file=sys.stderr)
+        print(f"pediatricsgpt: {sanitised(str(error))}", file=sys.stderr)
         return _USAGE
     except BrokenPipeError:
-        # Whoever read our output has seen enough; nothing more may be flushed into the closed pipe.
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _abandon_output()  # whoever read it has seen enough
         return _BROKEN_PIPE
+    except OSError as error:
+        _abandon_output()
+        what = sanitised(str(error.filename or "the output"))
+        print(f"pediatricsgpt: {what} cannot be used ({error.strerror}); check disk and permissions.", file=sys.stderr)
+        return _USAGE
     except KeyboardInterrupt:
         print("\n已停止。", file=sys.stderr)
         return _INTERRUPTED
+
+
+def _abandon_output() -> None:
+    """Nothing more may be flushed into standard output, also not when Python ends."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 import time
-import unicodedata
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any, Literal
 
-from tui.engine.contract import ModelInfo, Prompts
+from tui.engine.contract import ModelInfo, Prompts, sanitised
 from tui.engine.process import Engine, EngineError
 from tui.engine.quote import QuoteWeights
 from tui.library import Library, Passage, SearchResult, Source
@@ -208,7 +207,7 @@ class Consultation:
             turn.content = prompts.question(turn.question, written)
         request: dict[str, Any] = {
             "messages": [
-                {"role": "system", "content": prompts.system(turn.task.value)},
+                {"role": "system", "content": prompts.system(turn.task.value, grounded=turn.mode is not Mode.FREE)},
                 *self._history,
                 {"role": "user", "content": turn.content},
             ]
@@ -275,11 +274,6 @@ class _Turn:
             confidence=self.found.confidence,
             dropped_turns=end.get("dropped_turns", 0),
         )
-
-
-def sanitised(text: str) -> str:
-    """Text that cannot steer a terminal: no control characters but line feed and tab, no direction overrides."""
-    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs"))
 
 
 __all__ = [

@@ -53,7 +53,7 @@ def passage(number: int = 1, *, title: str = "手足口病", section: str = "家
 
 
 PASSAGES = (passage(1), passage(2, title="发热", section="处理"), passage(3, title="口炎", section="表现"))
-TEXT = f"您先别着急。\n根据资料[1]：\n{SENTENCES[0]}\n{SENTENCES[1]}\n"
+TEXT = f"您先别着急。\n根据手足口病·家庭护理[1]：\n{SENTENCES[0]}\n{SENTENCES[1]}\n"
 
 
 @dataclass
@@ -66,6 +66,7 @@ class Script:
     stop_reason: StopReason = "eos"
     error: str | None = None
     unsupported: tuple[str, ...] = ()
+    refused: bool = False
     raises: Exception | None = None
     piece: int = 4  # characters per delta
     hold: threading.Event | None = None
@@ -99,7 +100,7 @@ class ScriptedConsultation:
         yield Finished(
             Answer(
                 text=script.text, mode=self.mode, task=self.task, passages=script.passages,
-                cited=script.cited, refused=False, stop_reason=reason, error=script.error, tokens=62,
+                cited=script.cited, refused=script.refused, stop_reason=reason, error=script.error, tokens=62,
                 prompt_tokens=128, reused_tokens=0, seconds=2.4, first_token_seconds=0.8,
                 unsupported=script.unsupported,
             )
@@ -121,11 +122,8 @@ class ScriptedOpener:
     failures: list[Exception] = field(default_factory=list)
     gate: threading.Event | None = None
     closed: bool = False
-    on_open: Callable[[], None] | None = None
 
     def open(self) -> Opened:
-        if self.on_open is not None:
-            self.on_open()
         while self.gate is not None and not self.gate.wait(0.005) and not self.closed:
             pass
         if self.failures:
@@ -154,10 +152,10 @@ def screen_text(app: App[None]) -> list[str]:
     return ["".join(segment.text for segment in strip) for strip in strips]
 
 
-def app_of(*scripts: Script, **options: Any) -> tuple[ConsultationApp, ScriptedOpener]:
-    """An app over scripted turns; ``options`` go to the opener."""
-    opener = ScriptedOpener(ScriptedConsultation(list(scripts) or [Script()]), **options)
-    return ConsultationApp(opener), opener
+def app_of(*scripts: Script, mode: Mode | None = None, **options: Any) -> tuple[ConsultationApp, ScriptedOpener]:
+    """An app over scripted turns in `mode` (None: quote); ``options`` go to the opener."""
+    opener = ScriptedOpener(ScriptedConsultation(list(scripts) or [Script()], mode=mode or Mode.QUOTE), **options)
+    return ConsultationApp(opener, mode=mode), opener
 
 
 def shown(app: App[None]) -> str:

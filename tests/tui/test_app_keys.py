@@ -2,6 +2,8 @@
 
 import threading
 
+from textual.events import Key, Paste
+
 from tests.tui.scripted import SENTENCES, Script, ScriptedConsultation, ScriptedOpener, app_of, hint, send, shown, until
 from tui.app import ConsultationApp
 from tui.consultation import Mode, Task
@@ -43,12 +45,43 @@ async def test_new_consultation_clears_everything_and_asks_first_while_answering
         assert app.consultation_screen.running is None
 
 
+async def test_enter_right_behind_fast_typing_sends_what_was_typed() -> None:
+    app, opener = app_of()
+    async with app.run_test(size=SIZE) as pilot:
+        await until(lambda: app.consultation_screen.opened)
+        for character in "发热\r两天":  # as the driver does it: without waiting for any of them
+            key = "enter" if character == "\r" else character
+            app.post_message(Key(key, character))
+        await until(lambda: opener.consultation.asked)
+        await pilot.pause()
+        assert opener.consultation.asked[0][0] == "发热"
+        assert app.screen.query_one(Composer).text == "两天"
+
+
+async def test_a_line_end_in_a_paste_does_not_send() -> None:
+    app, opener = app_of()
+    async with app.run_test(size=SIZE) as pilot:
+        await until(lambda: app.consultation_screen.opened)
+        app.post_message(Paste("发热\r\n两天\r"))
+        composer = app.screen.query_one(Composer)
+        await until(lambda: composer.text)
+        await pilot.pause()
+        assert composer.text == "发热\n两天"
+        assert opener.consultation.asked == []
+        app.post_message(Key("enter", "\r"))
+        await until(lambda: opener.consultation.asked)
+        assert opener.consultation.asked[0][0] == "发热\n两天"
+
+
 async def test_task_and_mode_by_key_and_click_apply_to_the_next_question() -> None:
     app, opener = app_of()
     async with app.run_test(size=SIZE) as pilot:
         await until(lambda: app.consultation_screen.opened)
         await pilot.press("f4", "f6")
-        assert (app.consultation_screen.chosen_task, app.consultation_screen.chosen_mode) == (Task.DIAGNOSIS, Mode.GROUNDED)
+        assert (app.consultation_screen.chosen_task, app.consultation_screen.chosen_mode) == (
+            Task.DIAGNOSIS,
+            Mode.GROUNDED,
+        )
         await send(pilot, "一")
         await until(lambda: opener.consultation.asked and app.consultation_screen.running is None)
         await pilot.click("#task", offset=(26, 0))

@@ -6,9 +6,11 @@ import threading
 import pytest
 from textual.events import Paste
 from textual.pilot import Pilot
+from textual.widgets import Static
 
 from tests.tui.scripted import TEXT, Script, ScriptedConsultation, ScriptedOpener, passage, screen_text, shown, until
 from tui.app import ConsultationApp
+from tui.consultation import Mode
 from tui.widgets.composer import Composer
 from tui.widgets.evidence import EvidencePanel, RedFlags
 from tui.widgets.text import answer_content, cited_numbers, printable
@@ -19,9 +21,9 @@ DANGEROUS = (
 )
 
 
-def app_of(*scripts: Script, ascii_only: bool = False) -> ConsultationApp:
-    opener = ScriptedOpener(ScriptedConsultation(list(scripts) or [Script()]))
-    return ConsultationApp(opener, ascii_only=ascii_only)
+def app_of(*scripts: Script, mode: Mode | None = None, ascii_only: bool = False) -> ConsultationApp:
+    opener = ScriptedOpener(ScriptedConsultation(list(scripts) or [Script()], mode=mode or Mode.QUOTE))
+    return ConsultationApp(opener, mode=mode, ascii_only=ascii_only)
 
 
 async def answered(pilot: Pilot[None], app: ConsultationApp, question: str = "手足口病怎么护理") -> None:
@@ -67,7 +69,7 @@ async def test_evidence_moves_from_the_side_to_the_bottom_and_folds() -> None:
 async def test_danger_signs_belong_to_the_cited_card_only_and_appear_while_it_is_written() -> None:
     hold = threading.Event()
     other = passage(2, title="发热")
-    app = app_of(Script(passages=(passage(1), other), cited=(2,), text="根据资料[2]：\n", hold=hold))
+    app = app_of(Script(passages=(passage(1), other), cited=(2,), text="根据发热·家庭护理[2]：\n", hold=hold))
     async with app.run_test(size=(120, 36)):
         await until(lambda: app.consultation_screen.opened)
         app.consultation_screen.ask("问题")
@@ -95,6 +97,53 @@ async def test_many_danger_signs_can_be_scrolled_where_they_do_not_fit() -> None
         assert flags.show_vertical_scrollbar
         flags.scroll_end(animate=False)
         await until(lambda: "危险情况3之8" in shown(app))
+
+
+async def test_an_answer_that_cites_nothing_shows_the_danger_signs_of_the_first_passage() -> None:
+    hold = threading.Event()
+    passages = (passage(1, title="发热"), passage(2))
+    app = app_of(Script(passages=passages, cited=(), text="多喝水。\n", hold=hold), mode=Mode.GROUNDED)
+    async with app.run_test(size=(120, 36)):
+        await until(lambda: app.consultation_screen.opened)
+        app.consultation_screen.ask("问题")
+        flags = app.screen.query_one(RedFlags)
+        await until(lambda: flags.display)
+        assert app.consultation_screen.running is not None  # no need to wait for a slow model
+        assert flags.text.splitlines()[1] == "发热"
+        assert "手足口病" not in flags.text
+        hold.set()
+        await until(lambda: app.consultation_screen.running is None)
+        assert "持续高热不退" in flags.text
+
+
+async def test_a_quoted_answer_that_cites_nothing_shows_them_at_its_end_unless_it_is_a_refusal() -> None:
+    app = app_of(Script(cited=(), text="多喝水。\n"), Script(cited=(), text="资料中没有相关内容。\n", refused=True))
+    async with app.run_test(size=(120, 36)) as pilot:
+        await answered(pilot, app)
+        flags = app.screen.query_one(RedFlags)
+        assert "手足口病" in flags.text
+        await answered(pilot, app, "第二问")
+        assert not flags.display
+
+
+async def test_in_free_mode_a_number_in_brackets_is_no_citation() -> None:
+    hold = threading.Event()
+    app = app_of(Script(cited=(), text="多喝水[1]。\n", hold=hold), mode=Mode.FREE)
+    async with app.run_test(size=(120, 36)) as pilot:
+        await until(lambda: app.consultation_screen.opened)
+        app.consultation_screen.ask("问题")
+        flags = app.screen.query_one(RedFlags)
+        turn = app.consultation_screen.running
+        assert turn is not None
+        for _ in range(2):
+            await until(lambda: turn.text == "多喝水[1]。\n")
+            await pilot.pause()
+            assert "多喝水[1]。" in shown(app)
+            assert turn.cited == ()
+            assert not flags.display
+            assert not app.screen.query_one(".turn-body", Static).visual.spans  # type: ignore[attr-defined]
+            hold.set()
+            await until(lambda: turn.ended)
 
 
 async def test_no_citation_no_danger_box_and_no_passage_is_said() -> None:
@@ -170,7 +219,7 @@ async def test_the_end_is_followed_only_while_the_user_is_there() -> None:
 
 
 async def test_an_earlier_answer_can_be_looked_at_again() -> None:
-    app = app_of(Script(), Script(passages=(passage(1, title="发热"),), text="根据资料[1]：\n"))
+    app = app_of(Script(), Script(passages=(passage(1, title="发热"),), text="根据发热·家庭护理[1]：\n"))
     async with app.run_test(size=(120, 36)) as pilot:
         await answered(pilot, app)
         await answered(pilot, app, "第二问")
@@ -191,3 +240,26 @@ def test_answer_content_marks_repeated_and_unknown_sentences_once() -> None:
     assert content.plain == "甲。（资料未支持）\n乙[1]。\n丙。（资料未支持）"
     styled = {content.plain[span.start : span.end] for span in content.spans}
     assert styled == {"甲。", "丙。", "（资料未支持）", "[1]"}
+
+
+def test_the_mark_stands_behind_the_sentence_it_means_and_behind_each_of_them() -> None:
+    text = "孩子不可以吃阿司匹林。\n可以吃阿司匹林。\n多喝水。可以吃阿司匹林。\n"
+    content = answer_content(text, (), ("可以吃阿司匹林。",))
+    assert content.plain.split("\n") == [
+        "孩子不可以吃阿司匹林。",
+        "可以吃阿司匹林。（资料未支持）",
+        "多喝水。可以吃阿司匹林。（资料未支持）",
+    ]
+    warned = [(span.start, span.end) for span in content.spans if span.style == "$warning"]
+    assert [content.plain[start:end] for start, end in warned] == ["可以吃阿司匹林。"] * 2
+    assert all(content.plain.startswith("（资料未支持）", end) for _, end in warned)
+
+
+def test_the_line_that_only_cites_is_a_quiet_heading() -> None:
+    content = answer_content("您先别着急。\n根据手足口病·家庭护理[1]：\n多喝水[1]。\n根据别的[7]：\n", (1,))
+    styled = [(content.plain[span.start : span.end], span.style) for span in content.spans]
+    assert styled == [
+        ("根据手足口病·家庭护理[1]：", "$muted"),
+        ("[1]", "bold $primary"),
+        ("[1]", "bold $primary"),
+    ]

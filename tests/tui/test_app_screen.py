@@ -1,6 +1,11 @@
 """The consultation screen with a scripted consultation: asking, stopping, waiting, failing."""
 
+import os
+import signal
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +17,7 @@ from tui.widgets.composer import Composer
 from tui.widgets.transcript import Transcript
 
 SIZE = (120, 36)
+PROJECT = Path(__file__).parent.parent.parent
 
 
 async def test_a_question_is_answered_with_its_label_evidence_and_danger_signs() -> None:
@@ -186,6 +192,34 @@ async def test_a_waiting_question_comes_back_when_loading_fails() -> None:
         gate.set()
         await until(lambda: app.consultation_screen.load_failed and app.consultation_screen.running is None)
         assert app.screen.query_one(Composer).text == "等待的问题"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals and terminals of POSIX")
+def test_the_terminal_gets_its_own_screen_back_when_the_app_is_told_to_end() -> None:
+    main, side = pytest.importorskip("pty").openpty()
+    code = "import sys; from tests.tui.scripted import app_of; a, _ = app_of(); a.run(); sys.exit(a.return_code)"
+    child = subprocess.Popen([sys.executable, "-c", code], stdin=side, stdout=side, stderr=side, cwd=PROJECT)
+    os.close(side)
+    output = b""
+    try:
+        while "正在加载模型".encode() not in output and b"Enter" not in output:
+            output += os.read(main, 65536)
+        child.terminate()
+        while chunk := _read(main):
+            output += chunk
+        assert child.wait(20) == 128 + signal.SIGTERM
+        assert output.rindex(b"\x1b[?1049l") > output.rindex(b"\x1b[?1049h")
+    finally:
+        child.kill()
+        child.wait()
+        os.close(main)
+
+
+def _read(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 65536)
+    except OSError:  # Linux says so when the other side is closed
+        return b""
 
 
 def test_the_buffer_asks_for_one_message_at_a_time_and_loses_nothing() -> None:

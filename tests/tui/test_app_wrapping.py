@@ -12,6 +12,7 @@ from textual.widgets import Static, TextArea
 
 from tests.tui.scripted import screen_text
 from tui import wrapping
+from tui.library import Library
 
 CASE = "患儿 3岁2月，发热三天伴咳嗽、气促，无惊厥；体重 14 kg，布洛芬 5–10 mg/kg 口服，每 6～8 小时一次[1]。"
 GOLDEN = {
@@ -34,6 +35,8 @@ TOGETHER = [
     "14 kg", "5–10 mg/kg", "10～15mg/kg", "≥38.5℃", "39.2 ℃", "50次/分", "2岁", "<2岁", "6个月", "3 天", "1.5 ml",
     "20ml/kg", "0.9%", "10万单位", "24小时内", "5-10 mg/(kg·次)", "三天", "两到三周", "75ml/(kg·4h)", "90 %", "1/2片",
     "80毫克", "60 mmHg", "200 kcal/kg", "2～3滴", "1000 IU",
+    "D400～800国际单位", "3月龄～3岁", "6个月～不满6岁", "2喷", "1勺", "1袋", "3万单位", "40万U", "28日龄", "36周龄",
+    "0.5～1mmol/L", "38℃～39℃", "100μg", "½片", "20 cmH2O", "100亿CFU", "5枚", "2轮", "50次/分或以上", "90%及以上",
 ]  # fmt: skip
 NEVER_FIRST = "，。、；：？！）》」』】〉〕”’…％,.;:?!)]"
 NEVER_LAST = "（《「『【〈〔“‘(["
@@ -55,6 +58,25 @@ def test_a_number_keeps_its_unit_at_every_width(quantity: str) -> None:
     for width in range(cell_len(quantity) + 4, 60):
         shown = lines(text, width)
         assert sum(line.count(quantity) for line in shown) == 2, (width, shown)
+
+
+def test_no_dose_of_any_card_is_split() -> None:
+    """Every section with a number as the evidence panel shows it; a number may end a line only before punctuation."""
+    units = "mg/kg|ml/kg|mg|ml|mm|cm|μg|g/L|g|IU|国际单位|微克|毫升|万单位|小时|分钟|次/分|个月|月龄|周龄|日龄"
+    inside = re.compile(rf"\d[\d.]*\s?(?:{units})|[A-Z]\d+|\d\s?(?:个?[月岁天周日]龄?|mg|ml)?[～~–\-至]\D{{0,2}}\d")
+    found = 0
+    for card in Library.load().cards.values():
+        for section in card.sections.values():
+            text = "".join(section)
+            doses = [range(match.start() + 1, match.end()) for match in inside.finditer(text)]
+            found += len(doses)
+            for width in range(20, 99) if re.search(r"\d", text) else ():
+                for cut in wrapping.divide_line(text, width):
+                    around = (card.id, width, text[max(0, cut - 12) : cut] + "|" + text[cut : cut + 8])
+                    assert not any(cut in dose for dose in doses), around
+                    assert not re.search(r"\d$", text[:cut].rstrip()) or text[cut] in "（《“‘", around
+                    assert text[cut] not in "％%℃～", around
+    assert found > 300  # or the pattern above means nothing
 
 
 def test_punctuation_and_citations_do_not_start_a_line() -> None:

@@ -119,3 +119,27 @@ def test_vocabulary_knows_ages() -> None:
     assert not words.about_child("35岁发烧")
     assert words.foreign_words("35岁发烧") == 1
     assert words.foreign_words("3岁发烧") == 0
+
+
+@pytest.mark.parametrize(
+    ("question", "card"),
+    [
+        ("孩子吃了奶奶的降压药怎么办", "poisoning"),
+        ("孩子吃了奶奶的降压药，叫不醒", "poisoning"),
+        ("宝宝吞了手机电池", "swallowed-foreign-body"),
+        ("诗诗发烧39度", "fever"),
+        ("奶奶带的孩子发烧抽搐了", "febrile-seizure"),
+        ("娃在摩托车上摔下来撞到头", "head-injury"),
+    ],
+)
+def test_people_and_things_around_a_child_do_not_make_it_foreign(question: str, card: str) -> None:
+    found = Library.load().search(question)
+    assert card in found.cards
+    assert found.confidence > 0.5
+
+
+@pytest.mark.parametrize(
+    "question", ["我奶奶咳嗽半个月吃什么药", "老公打呼噜怎么治", "我爸降压药吃哪种", "写一首关于小孩的诗"]
+)
+def test_adults_and_poems_stay_foreign(question: str) -> None:
+    assert Library.load().search(question).confidence < 0.5

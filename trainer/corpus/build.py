@@ -97,6 +97,21 @@ def build_corpus(recipe: Recipe, folder: Path, progress: Callable[[str, int], No
     if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).exists():
         raise CorpusError(f"{folder} holds something that is not a corpus. Give another --output.")
     part.mkdir(parents=True)
+    try:
+        manifest = _write(recipe, files, part, progress)
+    except BaseException:  # Ctrl-C too: nothing half-written stays
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
+    return manifest
+
+
+def _write(
+    recipe: Recipe, files: dict[str, Iterator[Record]], part: Path, progress: Callable[[str, int], None]
+) -> dict:
+    """Writes the records and the manifest into `part`."""
+    settings = recipe.corpus
     counts = {}
     for name, records in files.items():
         counts[name] = write_records(part / f"{name}.jsonl", records)
@@ -106,14 +121,12 @@ def build_corpus(recipe: Recipe, folder: Path, progress: Callable[[str, int], No
         "key": corpus_key(recipe),
         "seed": recipe.seed,
         "recipe": settings.model_dump(mode="json", exclude={"cards"}),
-        "cards": {"trained": len(seen), "held_out": [card.id for card in unseen]},
+        "held_out_cards": sorted(settings.held_out_cards),
         "counts": counts,
         "sha256": {f"{name}.jsonl": sha256(part / f"{name}.jsonl") for name in files},
         "sources": {path.name: sha256(path) for path in sorted(settings.cards.glob("*.md"))},
     }
     (part / MANIFEST).write_text(json.dumps(manifest, ensure_ascii=False, indent=1), encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)
     return manifest
 
 

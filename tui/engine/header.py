@@ -18,7 +18,6 @@ from tui.engine.contract import EngineError
 
 MAX_KEYS, MAX_TENSORS, MAX_STRING, MAX_ARRAY = 4096, 65_536, 16 << 20, 4 << 20
 MAX_TEMPLATE, MAX_LAYERS, ALIGNMENT = 64 << 10, 512, 32
-ARCHITECTURES = ("qwen3", "qwen2", "llama", "baichuan")
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 # ggml type -> (name, elements per block, bytes per block)
@@ -46,7 +45,6 @@ class Header:
     size: int  # bytes of the file
     metadata: dict[str, Any]
     tensors: dict[str, tuple[tuple[int, ...], int]]  # name -> (dimensions, ggml type)
-    parameters: int
 
     @property
     def architecture(self) -> str:
@@ -149,7 +147,7 @@ def _read(path: Path, data: mmap.mmap) -> Header:
         if key in metadata:
             raise ValueError(f"键 {key} 重复")
         metadata[key] = reader.value()
-    tensors, spans, parameters = {}, [], 0
+    tensors, spans = {}, []
     for _ in range(tensor_count):
         name, rank = reader.string(limit=64), reader.scalar("I")
         if rank > 4 or name in tensors:
@@ -162,7 +160,6 @@ def _read(path: Path, data: mmap.mmap) -> Header:
         if kind not in _TYPES or not shape or shape[0] % _TYPES[kind][1]:
             raise ValueError(f"张量 {name} 的类型或形状不对")
         tensors[name] = (shape, kind)
-        parameters += elements
         spans.append((offset, elements // _TYPES[kind][1] * _TYPES[kind][2], name))
     alignment = metadata.get("general.alignment", ALIGNMENT)
     if alignment != ALIGNMENT:
@@ -172,7 +169,7 @@ def _read(path: Path, data: mmap.mmap) -> Header:
         if offset % ALIGNMENT or offset < end or start + offset + size > len(data):
             raise ValueError(f"张量 {name} 超出文件末尾或互相重叠")
         end = offset + size
-    return Header(path, len(data), metadata, tensors, parameters)
+    return Header(path, len(data), metadata, tensors)
 
 
 def _check_usable(header: Header) -> None:
@@ -180,10 +177,6 @@ def _check_usable(header: Header) -> None:
     name, metadata = header.path.name, header.metadata
     if metadata.get("general.type", "model") != "model":
         raise EngineError(f"{name} 不是完整的模型（类型 {metadata['general.type']}），请选择完整的对话模型。")
-    if header.architecture not in ARCHITECTURES:
-        raise EngineError(
-            f"{name} 的架构是 {header.architecture or '未知'}，本程序支持 {'、'.join(ARCHITECTURES)}，请换一个模型。"
-        )
     tokens: Any = metadata.get("tokenizer.ggml.tokens")
     checks: list[tuple[Callable[[], bool], str]] = [
         (lambda: 0 < header.number("block_count") <= MAX_LAYERS, "层数"),

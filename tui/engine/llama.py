@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -48,10 +49,16 @@ class StopFlag:
         return self._buffer[0] != b"\0"
 
 
+_refusals: list[str] = []  # why llama.cpp did not load a model; it says so in its log alone
+_REFUSAL = re.compile(r"error loading model:\s*(.+)")
+
+
 @C.llama_log_callback
 def _log_to_stderr(_level: int, text: bytes, _data: Any) -> None:
     # The parent keeps the last lines; the default callback would print to the terminal.
     os.write(2, text)
+    if found := _REFUSAL.search(text.decode("utf-8", "replace")):
+        _refusals.append(found[1].strip())
 
 
 class Model:
@@ -67,7 +74,13 @@ class Model:
         # The handles are plain pointers; the bindings' own types tell nothing more.
         self._model: Any = C.llama_model_load_from_file(os.fsencode(header.path), C.llama_model_default_params())
         if not self._model:
-            raise EngineError(f"llama.cpp 不能加载 {header.path.name}，文件可能已损坏，请重新下载或换一个模型。")
+            reason = _refusals[-1] if _refusals else "文件可能已损坏"
+            raise EngineError(
+                f"llama.cpp 不能加载 {header.path.name}（架构 {header.architecture}：{reason[:200]}），"
+                "请更新本程序、重新下载，或换一个模型。"
+            )
+        if C.llama_model_has_encoder(self._model) or not C.llama_model_has_decoder(self._model):
+            raise EngineError(f"{header.path.name}（架构 {header.architecture}）不是逐字生成的对话模型，请换一个模型。")
         parameters = C.llama_context_default_params()
         parameters.n_ctx = context
         parameters.n_batch, parameters.n_ubatch = BATCH, MICRO_BATCH
@@ -84,6 +97,7 @@ class Model:
         self.parameters = int(C.llama_model_n_params(self._model))
         self._size = int(C.llama_vocab_n_tokens(self._vocabulary))
         self.controls = self._control_tokens(header.metadata)
+        self.named = _named_tokens(header.metadata)
         self._piece_buffer = ctypes.create_string_buffer(256)
         self._batch = (C.llama_token * BATCH)()
 
@@ -133,9 +147,9 @@ class Model:
             if old != new:
                 break
             common += 1
-        C.llama_memory_seq_rm(self._memory, 0, common, -1)
         del self.kept[common:]
-        return common
+        self._drop_rest()
+        return len(self.kept)
 
     def extend(self, tokens: Sequence[int], progress: Callable[[int], None] | None = None) -> None:
         """Evaluate tokens after what is kept; `progress` gets the count done after each batch.
@@ -162,7 +176,13 @@ class Model:
         """After an aborted batch: keep the tokens that whole micro batches have evaluated."""
         done = int(C.llama_memory_seq_pos_max(self._memory, 0)) + 1
         self.kept += part[: max(0, done - len(self.kept))]
-        C.llama_memory_seq_rm(self._memory, 0, len(self.kept), -1)
+        self._drop_rest()
+
+    def _drop_rest(self) -> None:
+        """Remove from the cache what is not kept; a recurrent model cannot go back and keeps nothing."""
+        if not C.llama_memory_seq_rm(self._memory, 0, len(self.kept), -1):
+            C.llama_memory_seq_rm(self._memory, 0, -1, -1)
+            self.kept.clear()
 
     def logits(self) -> np.ndarray:
         """Logits [vocabulary] after the last token; a view, valid until the next `extend`."""
@@ -190,6 +210,14 @@ class Model:
         ids = {number for number, kind in enumerate(types) if kind == _CONTROL}
         ids |= {self.end, int(C.llama_vocab_eos(self._vocabulary))}
         return {texts[i]: i for i in sorted(ids) if i >= 0 and C.llama_vocab_is_control(self._vocabulary, i)}
+
+
+def _named_tokens(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """The texts that templates know as bos_token and so on; those the file does not name are missing."""
+    texts = metadata["tokenizer.ggml.tokens"]
+    keys = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
+    found = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in keys.items()}
+    return {name: texts[number] for name, number in found.items() if number is not None and number >= 0}
 
 
 class _Sampler:

@@ -34,7 +34,8 @@ class _Child:
         # Without GGML_NO_BACKTRACE an abort in llama.cpp would start a debugger.
         environment = {**os.environ, "PYTHONPATH": path, "GGML_NO_BACKTRACE": "1", "PYTHONUTF8": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tui.engine.worker", *arguments],
+            # -P: a Python file in the current folder must not take the place of a module
+            [sys.executable, "-P", "-m", "tui.engine.worker", *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -100,8 +101,8 @@ class Engine:
         self._generating = False
         self._settling: threading.Thread | None = None  # waits for the end of a stopped or abandoned answer
         self._info: ModelInfo | None = None
-        self._failure: EngineError | None = None
-        self._died = False  # while loading; a refusal is final, a death is tried again
+        self._failed = False  # this child could not load the model, and that was reported
+        self._closed = False
         self._child = _Child(self._arguments)
 
     @classmethod
@@ -118,31 +119,27 @@ class Engine:
         return self._info
 
     @property
-    def log(self) -> list[str]:
-        """The last lines of the child's log (llama.cpp and Python), for a bug report."""
-        return list(self._child.log)
-
-    @property
     def process_id(self) -> int:
         """The id of the child process."""
         return self._child.process.pid
 
     def poll_ready(self, seconds: float) -> ModelInfo | None:
-        """The loaded model, None when it is still loading after some seconds; raises EngineError."""
+        """The loaded model, None when it is still loading after some seconds.
+
+        Raises EngineError when it cannot be loaded; asked again after that, another attempt is made.
+        """
         with self._ready_lock:
-            if self._info is None and self._failure is None:
+            if self._failed:
+                self._start_again()
+            if self._info is None:
                 try:
                     event = self._child.events.get(timeout=seconds)
                 except queue.Empty:
                     return None
-                if event is None:
-                    self._failure, self._died = self._child.death(), True
-                elif event["event"] == "refused":
-                    self._failure = EngineError(event["message"])
-                else:
-                    self._info = ModelInfo.of_json(event["info"])
-            if self._failure:
-                raise self._failure
+                if event is None or event["event"] == "refused":
+                    self._failed = True
+                    raise self._child.death() if event is None else EngineError(event["message"])
+                self._info = ModelInfo.of_json(event["info"])
             return self._info
 
     def wait_ready(self, timeout: float = 300.0) -> ModelInfo:
@@ -152,13 +149,6 @@ class Engine:
             if time.monotonic() > deadline:
                 raise EngineError(f"模型在 {timeout:.0f} 秒内没有载入完，请稍候再试或换一个更小的模型。")
         return info
-
-    def restart(self) -> None:
-        """End the child, if it lives, and start another with the same model; returns at once."""
-        self._child.kill()
-        with self._ready_lock:
-            self._child = _Child(self._arguments)
-            self._info, self._failure, self._died = None, None, False
 
     def generate(self, request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """Yield the events of one answer (see tui.engine.session); the last one is `finished`.
@@ -196,7 +186,8 @@ class Engine:
             self._child.send({"op": "stop", "id": self._number})
 
     def close(self) -> None:
-        """End the child."""
+        """End the child; no other is started."""
+        self._closed = True
         self._child.kill()
 
     def __enter__(self) -> Engine:
@@ -212,9 +203,18 @@ class Engine:
             if self._settling.is_alive():
                 return False
             self._settling = None
-        if self._died or (self._info is not None and self._child.process.poll() is not None):
-            self.restart()
+        with self._ready_lock:
+            if self._info is not None and self._child.process.poll() is not None:
+                self._start_again()
         return self.poll_ready(0.02) is not None
+
+    def _start_again(self) -> None:
+        """Start another child with the same model; returns at once. The caller holds the lock."""
+        if self._closed:
+            raise EngineError("模型已经关闭，请重新打开程序。")
+        self._child.kill()
+        self._child = _Child(self._arguments)
+        self._info, self._failed = None, False
 
     def _overdue(self) -> bool:
         return self._stop_at is not None and time.monotonic() - self._stop_at > _STOP_SECONDS

@@ -29,6 +29,11 @@ class Tokeniser(Protocol):
         ...
 
     @property
+    def named(self) -> Mapping[str, str]:
+        """Texts of the tokens that templates know by name: bos_token, eos_token, pad_token, unk_token."""
+        ...
+
+    @property
     def begin(self) -> int | None:
         """The id every prompt must begin with, None for most vocabularies."""
         ...
@@ -55,7 +60,7 @@ class ChatTemplate:
     """A model's chat template, rendered in a sandbox."""
 
     def __init__(self, source: str, tokeniser: Tokeniser) -> None:
-        """Compile; raises EngineError for a template Jinja cannot read."""
+        """Compile and try; raises EngineError for a template that cannot write a conversation."""
         import jinja2
         from jinja2.ext import loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -71,11 +76,19 @@ class ChatTemplate:
         self._tokeniser = tokeniser
         longest_first = sorted(tokeniser.controls, key=len, reverse=True)
         self._controls = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if longest_first else None
-        by_id = {number: text for text, number in tokeniser.controls.items()}
-        self._variables = {"bos_token": by_id.get(tokeniser.begin, "") if tokeniser.begin is not None else ""}
+        self.folds_system = False  # the template refuses or drops a system message: the user says it
+        probe = [Message("system", "s"), Message("user", "u"), Message("assistant", "a"), Message("user", "u")]
+        try:
+            self.tokens(probe)
+        except EngineError:
+            self.folds_system = True
+            self.tokens(probe)
 
     def tokens(self, messages: Sequence[Message]) -> list[int]:
         """Ids of the prompt up to where the model answers; raises EngineError when the template refuses."""
+        if self.folds_system and messages[0].role == "system":
+            system, first, *rest = messages
+            messages = [Message("user", f"{system.content}\n\n{first.content}"), *rest]
         text = self._render(messages)
         parts = self._controls.split(text) if self._controls else [text]
         found: list[int] = []
@@ -94,7 +107,7 @@ class ChatTemplate:
         stand_ins = [{"role": message.role, "content": _sentinel(index)} for index, message in enumerate(messages)]
         options: dict[str, Any] = {"add_generation_prompt": True, "enable_thinking": False, "tools": None}
         try:
-            text = self._template.render(messages=stand_ins, **self._variables, **options)
+            text = self._template.render(messages=stand_ins, **self._tokeniser.named, **options)
         except (jinja2.TemplateError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise EngineError(f"模型的对话模板不能用于本程序的对话（{error}），请换一个模型。") from error
         if sorted(int(number) for number in _SENTINEL.findall(text)) != list(range(len(messages))):

@@ -110,8 +110,8 @@ class Grammar:
             texts += [passage.cite, *passage.sentences]
         self._tokens: dict[str, tuple[int, ...]] = {text: tuple(tokenise(text)) for text in texts}
 
-    def offers(self, state: State, room: int) -> list[Piece]:
-        """The pieces that may come next and fit into `room` tokens (the end always fits)."""
+    def offers(self, state: State, room: int) -> tuple[list[Piece], bool]:
+        """The pieces that may come next and fit into `room` tokens (the end always fits), and whether all do."""
         pieces = {
             "start": self._start,
             "opened": self._start,
@@ -119,11 +119,13 @@ class Grammar:
             "closed": lambda _state: [],
             "ended": lambda _state: [],
         }[state.phase](state)
-        pieces = [piece for piece in pieces if piece.tokens and piece.weight > 0 and len(piece.tokens) < room]
+        possible = [piece for piece in pieces if piece.tokens and piece.weight > 0]
+        pieces = [piece for piece in possible if len(piece.tokens) < room]
+        all_fit = len(pieces) == len(possible)
         may_end = state.phase == "closed" or (state.phase == "passage" and state.here > 0)
         if state.phase != "ended" and (may_end or not pieces):
             pieces.append(Piece("end", self._end, self._spec.weights.end * max(1, state.count)))
-        return pieces
+        return pieces, all_fit
 
     def advance(self, state: State, piece: Piece) -> State:
         """The state after a whole piece."""
@@ -139,25 +141,6 @@ class Grammar:
                 return State("closed", count=state.count, used=state.used)
             case _:
                 return State("ended", count=state.count, used=state.used)
-
-    def text(self, piece: Piece) -> str:
-        """The reviewed text of a piece ("" for the end)."""
-        spec = self._spec
-        match piece.kind:
-            case "opening":
-                return spec.openings[piece.index]
-            case "closing":
-                return spec.closings[piece.index]
-            case "cite":
-                return spec.passages[piece.passage].cite
-            case "sentence":
-                return spec.passages[piece.passage].sentences[piece.index]
-            case "refusal":
-                return spec.refusal
-            case "identity":
-                return spec.identity or ""
-            case _:
-                return ""
 
     def _start(self, state: State) -> list[Piece]:
         spec, weights = self._spec, self._spec.weights

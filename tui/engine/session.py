@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from tui.engine.contract import EngineError
@@ -37,6 +38,11 @@ class Session:
         self._template = ChatTemplate(template, model)
         self._sampling = sampling
         self._answers: dict[str, tuple[int, ...]] = {}
+
+    @property
+    def folds_system(self) -> bool:
+        """Whether the template takes no system message, so that the first user message carries it."""
+        return self._template.folds_system
 
     def generate(self, request: Mapping[str, Any], emit: Emit) -> None:
         """Answer a request {messages, quote | None, max_tokens, sampling, seed}; the last event is `finished`.
@@ -92,10 +98,11 @@ class Session:
             self._answers[turn.text] = tuple(turn.shown_tokens)
 
     def _quote(self, turn: _Turn, prompt: list[int], grammar: Grammar, prior: float) -> str:
-        state = State()
+        state, whole = State(), True
         while state.phase != "ended":
-            room = self._model.context - turn.length - len(prompt)
-            walk = Walk(grammar.offers(state, room), prior)
+            pieces, all_fit = grammar.offers(state, self._model.context - turn.length - len(prompt))
+            whole = whole and all_fit
+            walk = Walk(pieces, prior)
             while walk.piece is None:
                 turn.take(walk.forced())
                 if walk.piece is None:
@@ -105,7 +112,10 @@ class Session:
             turn.pieces.append(walk.piece)
             if state.phase != "ended":
                 turn.show()
-        return "eos" if len(turn.pieces) > 1 else "context"
+        # An answer that could not choose freely, or that announces a passage and quotes nothing, was cut.
+        kinds = [piece.kind for piece in turn.pieces]
+        quoted = all(after == "sentence" for kind, after in pairwise(kinds) if kind == "cite")
+        return "eos" if whole and quoted else "context"
 
     def _write(self, turn: _Turn, prompt: list[int], choose: Callable[[], int], limit: int) -> str:
         while True:

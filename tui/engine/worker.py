@@ -14,7 +14,6 @@ import queue
 import signal
 import sys
 import threading
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -94,7 +93,6 @@ def _load(header: Header, context: int, threads: int | None, pipe: _Pipe) -> tup
     trained = header.number("context_length")
     context = min(context, trained)
     check_memory(header, context, available_memory())
-    begin = time.perf_counter()
     try:  # after the checks: a wrong file is reported without waiting for the import
         from tui.engine.llama import Model, StopFlag, default_threads
         from tui.engine.session import Session
@@ -106,7 +104,9 @@ def _load(header: Header, context: int, threads: int | None, pipe: _Pipe) -> tup
     demonstration = bool(metadata.get("pediatricsgpt.demonstration", False))
     sampling = {} if demonstration else _recommended(metadata)
     session = Session(model, metadata["tokenizer.chat_template"], sampling)
-    notes = () if prompts else ("这个模型不带 PediatricsGPT 的提示词，使用内置提示词。",)
+    notes = [] if prompts else ["这个模型不带 PediatricsGPT 的提示词，使用内置提示词。"]
+    if session.folds_system:
+        notes.append("这个模型的对话模板不接受系统提示词，已把它写在第一个问题前面。")
     return session, ModelInfo(
         name=str(metadata.get("general.name") or header.path.stem),
         architecture=header.architecture,
@@ -119,8 +119,7 @@ def _load(header: Header, context: int, threads: int | None, pipe: _Pipe) -> tup
         foreign=prompts is None,
         sampling=sampling,
         threads=threads,
-        load_seconds=time.perf_counter() - begin,
-        notes=notes,
+        notes=tuple(notes),
     )
 
 

@@ -2,47 +2,53 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from decimal import Decimal
 
 from tui.library.words import bigrams, normalise
 
-# Spellings of one unit; what is not listed here counts as it is written.
+# Spellings of one unit, the first stands for all; what is not listed counts as it is written.
 _UNITS = {
     spelling: group[0]
     for group in (
         ["mg", "毫克"], ["μg", "ug", "mcg", "微克"], ["g", "克"], ["kg", "公斤", "千克"], ["ml", "毫升"], ["l", "升"],
-        ["mm", "毫米"], ["cm", "厘米"], ["m", "米"], ["°c", "度", "摄氏度"], ["iu", "国际单位"], ["单位", "u"],
-        ["mg/kg"], ["mg/kg/d"], ["ml/kg"], ["ml/kg/h"], ["g/kg"], ["μg/kg", "ug/kg"], ["mmol/l"], ["mg/dl"], ["g/l"],
-        ["kpa"], ["mmhg"], ["kcal", "千卡"], ["%"], ["次/分", "次/分钟"], ["次"], ["个月", "月龄"], ["月"], ["岁", "周岁"],
-        ["年"], ["周", "星期"], ["天", "日"], ["小时", "h"], ["分钟", "min"], ["分"], ["秒", "s"], ["片"], ["粒"], ["包"],
-        ["袋"], ["滴"], ["支"], ["倍"], ["喷"], ["吸"], ["揿"], ["勺"], ["瓶"], ["颗"], ["丸"], ["剂"], ["枚"], ["贴"],
-        ["杯"], ["针"], ["轮"],
+        ["mm", "毫米"], ["cm", "厘米"], ["m", "米"], ["°c", "度", "摄氏度"], ["iu", "国际单位"], ["单位", "u"], ["dl"],
+        ["mmol"], ["kpa", "千帕"], ["mmhg"], ["kcal", "千卡"], ["%"], ["次"], ["个月", "月龄"], ["月"], ["岁", "周岁"],
+        ["年"], ["周", "星期", "个星期"], ["天", "日", "d"], ["小时", "个小时", "h"], ["个半小时"], ["个半月"],
+        ["分钟", "min"], ["分"], ["秒", "s"], ["片"], ["粒"], ["包"], ["袋"], ["滴"], ["支"], ["倍"], ["喷"], ["吸"],
+        ["揿"], ["勺"], ["瓶"], ["颗"], ["丸"], ["剂"], ["枚"], ["贴"], ["杯"], ["针"], ["轮"],
     )
     for spelling in group
 }  # fmt: skip
-_UNIT = "|".join(
+_ATOM = "|".join(
     # A unit of letters ends where the letters end: 5mg is not 5m.
-    re.escape(unit) + ("(?![a-z/])" if unit[-1].isascii() and unit[-1].isalpha() else "")
+    re.escape(unit) + ("(?![a-z])" if unit[-1].isascii() and unit[-1].isalpha() else "")
     for unit in sorted(_UNITS, key=len, reverse=True)
 )
+_HAN = "[\u3400-\u9fff]"
+_PER = rf"(?:[/·]\(?(?:{_ATOM}|[a-z0-9]+|{_HAN})\)?)*"  # mg/kg, mg/(kg·d), 次/分
+_UNIT = rf"(?:{_ATOM})半?{_PER}"
 _DIGIT = {character: value for value, character in enumerate("〇一二三四五六七八九")} | {"零": 0, "两": 2}
 _POWER = {"十": 10, "百": 100, "千": 1000, "万": 10_000, "亿": 100_000_000}
-_CHINESE = "[一二两三四五六七八九十半〇零][一二两三四五六七八九十半〇零百千万亿]*"
+_ONE = "[一二两三四五六七八九〇零]"
+_CHINESE = f"(?:半|(?:{_ONE}|十)[一二两三四五六七八九〇零十百千万亿]*(?:点{_ONE}+)?)"
 _ARABIC = r"\d+(?:\.\d+)?(?:[:/]\d+(?:\.\d+)?)*"  # also a ratio 1:1000, a fraction 1/3, a pressure 90/60
-_TO = r"(?:[~〜\-–—−、至到或]+)"
+_TO = r"[~〜\-–—−、至到或]+"
 _FIGURES = re.compile(
-    rf"(?P<word>[a-z]+-?\d[a-z0-9]*)"  # b12, h1n1: a name, not an amount
-    rf"|(?P<parts>{_CHINESE})分之(?P<share>{_CHINESE})"
+    # a name, not an amount: b12, h1n1, the telephone number 120
+    r"(?P<word>[a-z]+-?\d[a-z0-9]*|(?<=[打拨叫])120)"
     rf"|百分之(?P<percent>{_CHINESE}|{_ARABIC})"
-    rf"|(?P<arabic>{_ARABIC}(?:{_TO}{_ARABIC})*)(?:(?P<unit>(?:{_UNIT})半?)|(?P<power>[百千万亿]*)[多余来]?"
-    rf"(?P<after>(?:{_UNIT})半?|[a-z%°μ/]+|[\u3400-\u9fff])?)"
-    rf"|(?P<chinese>{_CHINESE}(?:{_TO}{_CHINESE})*)[多余来]?(?P<counted>(?!分(?!钟))(?:{_UNIT})半?)"
-    # without a known unit only what cannot be a word like 一般: two numerals and more, ten among them
-    rf"|(?P<large>(?=[^十百千万]*[十百千万])(?!十分|万一){_CHINESE}(?<=..))(?P<noun>[\u3400-\u9fff]?)"
+    rf"|(?P<parts>{_CHINESE}|\d+)分之(?P<share>{_CHINESE}|\d+)"
+    rf"|(?P<arabic>{_ARABIC}(?:{_TO}{_ARABIC})*)"
+    rf"(?:(?P<unit>{_UNIT})|(?P<power>[百千万亿]*)(?P<more>[多余来几]?)(?P<after>{_UNIT}|(?:[a-z%°μ]+|{_HAN}){_PER})?)"
+    # 十分 means "very"
+    rf"|(?P<chinese>{_CHINESE}(?:{_TO}{_CHINESE})*)(?P<some>[多余来几]?)(?P<counted>(?!分(?!钟)){_UNIT})"
+    # without a known unit only what cannot be a word like 一般 or 百日咳
+    rf"|(?P<large>(?:{_ONE}[十百千万亿]|十{_ONE})[一二两三四五六七八九〇零十百千万亿]*)(?P<noun>{_HAN}?)"
 )
-_LIST_MARK = re.compile(r"^(?:[*#•\-\s]*)(?:\d{1,2}[.、)](?!\d)|\(\d{1,2}\))")
+_LIST_MARK = re.compile(r"^[\s*#•\-]*(?:\d{1,2}[.．、)）](?!\d)|[(（]\d{1,2}[)）]|[①-⑳])")
 _REFERENCE = re.compile(rf"[\[【]\d{{1,2}}[\]】](?!{_UNIT})|资料\d{{1,2}}(?!\d|\.|{_UNIT})")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _SENTENCE = re.compile(r"[^。！？!?\n]+[。！？!?]*")
@@ -61,20 +67,23 @@ def quantities(text: str) -> set[tuple[str, str]]:
     Numbers are plain decimals (5万 is 50000, 两 is 2) or ratios as written; the unit of a number with none of the
     known units is the word or character behind it, so that an unknown unit must be found as well.
     """
-    plain = normalise(_THOUSANDS.sub("", text)).replace("⁄", "/")
+    plain = normalise(_THOUSANDS.sub("", _LIST_MARK.sub("", text))).replace("⁄", "/")
     found: set[tuple[str, str]] = set()
-    for match in _FIGURES.finditer(_REFERENCE.sub("", _LIST_MARK.sub("", plain))):
+    for match in _FIGURES.finditer(_REFERENCE.sub("", plain)):
         part = match.groupdict(default="")
         if part["word"]:
             found.add((part["word"], ""))
-        elif part["parts"]:
-            found.update((f"{share}/{parts}", "") for parts in _values(part["parts"]) for share in _values(part["share"]))
         elif part["percent"]:
             found.update((value, "%") for value in _values(part["percent"]))
+        elif part["parts"]:
+            found.update(
+                (f"{share}/{parts}", "") for parts in _values(part["parts"]) for share in _values(part["share"])
+            )
         else:
             numbers = part["arabic"] or part["chinese"] or part["large"]
-            unit = part["unit"] or part["after"] or part["counted"] or part["noun"]
-            found.update((value, _canonical(unit)) for value in _values(numbers, part["power"]))
+            unit = _canonical(part["unit"] or part["after"] or part["counted"] or part["noun"])
+            about = part["more"] or part["some"]  # 10多天 is more than 10天
+            found.update((value, about + unit) for value in _values(numbers, part["power"]))
     return found
 
 
@@ -101,9 +110,10 @@ def unsupported(text: str, passages: Iterable[Sequence[str]], known: Iterable[st
 
 
 def _canonical(unit: str) -> str:
-    half = "半" if unit.endswith("半") else ""  # 1岁半 is another age than 1岁
-    bare = unit.removesuffix("半")
-    return _UNITS.get(bare, bare) + half
+    first, *per = re.split("[/·]", re.sub("[()]", "", unit))
+    half = "半" if first.endswith("半") else ""  # 1岁半 is another age than 1岁
+    first = first.removesuffix("半")
+    return "/".join([_UNITS.get(first, first) + half, *("分钟" if u == "分" else _UNITS.get(u, u) for u in per)])
 
 
 def _values(numbers: str, power: str = "") -> Iterator[str]:
@@ -112,33 +122,34 @@ def _values(numbers: str, power: str = "") -> Iterator[str]:
         if ":" in number or "/" in number:
             yield number + power
         elif number[0].isdecimal():
-            factor = 1
-            for character in power:
-                factor *= _POWER[character]
-            yield _decimal(Decimal(number) * factor)
+            yield _decimal(Decimal(number) * math.prod(_POWER[character] for character in power))
         else:
             yield from _chinese(number)
 
 
 def _chinese(number: str) -> Iterator[str]:
-    """二十四 is 24, 半 is 0.5, 一点 has no value here, 两三 (天) are 2 and 3, 二〇二二 is 2022."""
-    digits = [_DIGIT[character] for character in number if character in _DIGIT]
-    if len(digits) == len(number):
-        yield from map(str, digits) if len(digits) == 2 and 0 not in digits else ["".join(map(str, digits))]
-        return
-    total = section = digit = Decimal(0)
-    for character in number:
-        if character == "半":
-            total += Decimal("0.5")
-        elif character in _DIGIT:
-            digit = Decimal(_DIGIT[character])
-        elif _POWER[character] < 10_000:
-            section += (digit or 1) * _POWER[character]
-            digit = Decimal(0)
-        else:
-            total = (total + section + digit) * _POWER[character]
-            section = digit = Decimal(0)
-    yield _decimal(total + section + digit)
+    """二十四 is 24, 半 is 0.5, 一点五 is 1.5, 两三 (天) are 2 and 3, 二〇二二 is 2022."""
+    if number == "半":
+        yield "0.5"
+    elif "点" in number:
+        whole, _, rest = number.partition("点")
+        for value in _chinese(whole):
+            yield _decimal(Decimal(f"{value}.{''.join(str(_DIGIT[character]) for character in rest)}"))
+    elif set(number) <= set(_DIGIT):
+        digits = [str(_DIGIT[character]) for character in number]
+        yield from digits if len(digits) == 2 and "0" not in digits else ["".join(digits)]
+    elif re.search("[一二两三四五六七八九]{2}|[百千万亿][一二两三四五六七八九]$", number):
+        yield number  # 五六百, 一百五: as it is written
+    else:
+        total = section = digit = 0
+        for character in number:
+            if character in _DIGIT:
+                digit = _DIGIT[character]
+            elif _POWER[character] < 10_000:
+                section, digit = section + (digit or 1) * _POWER[character], 0
+            else:
+                total, section, digit = (total + section + digit) * _POWER[character], 0, 0
+        yield str(total + section + digit)
 
 
 def _decimal(value: Decimal) -> str:

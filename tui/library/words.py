@@ -53,6 +53,8 @@ class Vocabulary:
     stop: re.Pattern[str]
     child: re.Pattern[str]
     foreign: re.Pattern[str]
+    around: re.Pattern[str]  # foreign words that say nothing where a child is named
+    person: re.Pattern[str]  # a child, named
 
     def informative(self, question: str) -> set[str]:
         """The bigrams of a normalised question without stop words, ages and durations."""
@@ -64,7 +66,10 @@ class Vocabulary:
 
     def foreign_words(self, question: str) -> int:
         """How many words (or an adult age) say that the question is not about a child's illness."""
-        return len(set(self.foreign.findall(question))) + sum(age >= _ADULT for age in _ages(question))
+        words = set(self.foreign.findall(question))
+        if not self.person.search(question):
+            words |= set(self.around.findall(question))
+        return len(words) + sum(age >= _ADULT for age in _ages(question))
 
     def intent(self, question: str) -> dict[str, float]:
         """Per section 0..1: how clearly a normalised question asks for it (the clearest asked has 1)."""
@@ -103,5 +108,7 @@ def vocabulary() -> Vocabulary:
 
     words = read("words.yaml")
     return Vocabulary(
-        read("sections.yaml"), words["same"], *(_pattern(words[name]) for name in ("same", "stop", "child", "foreign"))
+        read("sections.yaml"),
+        words["same"],
+        *(_pattern(words[name]) for name in ("same", "stop", "child", "foreign", "around", "person")),
     )

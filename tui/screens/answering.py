@@ -11,8 +11,8 @@ from textual.message import Message
 from textual.screen import Screen
 
 from tui.consultation import Consultation, Delta, Finished
-from tui.messages import OpeningFailed, ModelOpened, TextArrived, TurnBroken, TurnProgress
-from tui.screens.opening import Opener, Opened
+from tui.messages import ModelOpened, OpeningFailed, TextArrived, TurnBroken, TurnProgress
+from tui.screens.opening import Opened, Opener
 from tui.widgets.transcript import AnswerTurn
 
 BATCH_SECONDS = 0.033  # at most 30 repaints a second, however fast the model writes

@@ -14,7 +14,7 @@ from tui.consultation import Mode, Task
 from tui.screens.answering import AnsweringScreen
 from tui.screens.confirm import ConfirmScreen
 from tui.screens.help import MODE_MEANING, HelpScreen
-from tui.screens.opening import Opener, Opened
+from tui.screens.opening import Opened, Opener
 from tui.widgets.banner import Banner
 from tui.widgets.composer import Composer
 from tui.widgets.evidence import EvidencePanel

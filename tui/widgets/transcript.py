@@ -234,7 +234,7 @@ def _characters(text: str) -> int:
 def _figures(answer: Answer) -> str:
     parts = [f"{_characters(answer.text)} 字"]
     decoding = answer.seconds - answer.first_token_seconds
-    if answer.tokens and decoding > 0:
+    if answer.tokens and decoding > 0.1:  # seconds; quoted sentences may take no time to write, then it says nothing
         parts.append(f"{_characters(answer.text) / decoding:.0f} 字/秒")
     if answer.tokens:
         parts += [f"首字 {answer.first_token_seconds:.1f} 秒", f"{answer.tokens} 词元"]
