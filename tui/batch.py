@@ -74,14 +74,17 @@ def output(path: Path | None) -> Iterator[IO[str]]:
     if path is None:
         yield sys.stdout
         return
-    part = path.with_name(path.name + ".part")
+    part = Path(f"{path}.part")
+    if part.exists():
+        raise InputError(f"{part} holds the answers of an interrupted run; move it away or delete it, then start again.")
     try:
         with part.open("w", encoding="utf-8") as stream:
             yield stream
         os.replace(part, path)
     except BaseException as error:
         if kept := _lines(part):
-            print(f"pediatricsgpt: {path} is not complete; the first {kept} answers are in {part}.", file=sys.stderr)
+            message = f"{path} is not complete; the first {kept} answers are in {part}."
+            print(f"pediatricsgpt: {sanitised(message)}", file=sys.stderr)
         if isinstance(error, OSError):
             raise InputError(f"{path} cannot be written ({error.strerror}); check folder and disk space.") from error
         raise

@@ -23,6 +23,7 @@ from tui.engine.contract import ModelInfo, Prompts
 from tui.engine.process import Engine
 from tui.engine.quote import QuoteWeights
 from tui.library import Library
+from tui.library.cards import load_cards
 from tui.library.support import quantities, unsupported
 from tui.quoting import quote_spec
 
@@ -96,8 +97,10 @@ def test_what_is_sent_is_the_contract(library: Library, finish: Finish) -> None:
     assert "quote" not in engine.requests[0]
     consultation.mode = Mode.FREE
     finish(consultation, "然后呢")
+    free = {"role": "system", "content": builtin.free_system_prompt + builtin.task_prompts["treatment"]}
+    assert "资料" not in free["content"]  # what asks for passages that are not there makes a model refuse
     assert engine.requests[1]["messages"] == [
-        system, user, {"role": "assistant", "content": "好。"}, {"role": "user", "content": "然后呢"}
+        free, user, {"role": "assistant", "content": "好。"}, {"role": "user", "content": "然后呢"}
     ]  # fmt: skip
     consultation.reset()
     finish(consultation, "再来")
@@ -150,6 +153,42 @@ def test_number_and_unit_must_stand_in_one_passage() -> None:
     assert unsupported("补锌每天20mg共10天。", passages) == ()
     assert unsupported("补锌每天10mg共20天。", passages) == ("补锌每天10mg共20天。",)
     assert unsupported("补锌每天15mg/kg共10天。", passages) == ("补锌每天15mg/kg共10天。",)
+
+
+@pytest.mark.parametrize(
+    ("passage", "right", "wrong"),
+    [
+        ("一次口服5万单位。", "一次口服50000单位。", "一次口服20万单位。"),
+        ("用1:1000溶液肌内注射。", "用1：1000溶液肌内注射。", "用1:100溶液肌内注射。"),
+        ("每次吸入2喷，隔20秒。", "每次吸入两喷。", "每次吸入20喷。"),
+        ("每次吃2勺米粉。", "每次吃2勺米粉。", "每次吃二十勺米粉。"),
+        ("每次吃3样食物。", "每次吃3样食物。", "每次吃30样食物。"),
+        ("每次0.5毫克口服。", "每次零点五mg口服。", "每次五毫克口服。"),
+        ("每次半片口服。", "每次半片口服。", "每次一片口服。"),
+        ("每天20mg/kg口服。", "每天20mg/kg口服。", "每天20mg口服。"),
+        ("每次口服1/3片。", "每次口服三分之一片。", "每次口服2/3片。"),
+        ("满1岁半接种疫苗。", "满一岁半接种疫苗。", "满1岁接种疫苗。"),
+        ("血压低于90/60mmHg。", "血压低于90/60mmHg。", "血压低于120/80mmHg。"),
+        ("观察半小时再走。", "观察半小时再走。", "观察一个半小时再走。"),
+        ("每次5mg/次口服。", "每次5mg/次口服。", "每次5mg/日口服。"),
+        ("每次用10片口服。", "每次用十片口服。", "每次用十几片口服。"),
+        ("给100ml液体。", "2. 给一百毫升液体[1]。", "给1000ml液体。"),
+    ],
+)
+def test_every_number_must_stand_in_the_passage(passage: str, right: str, wrong: str) -> None:
+    assert unsupported(right, [(passage,)]) == ()
+    assert unsupported(wrong, [(passage,)]) == (wrong,)
+
+
+def test_words_that_begin_like_numbers_are_words() -> None:
+    assert quantities("百日咳的孩子一般十分难受，四肢发凉，万一发绀就打120。") == {("120", "")}
+
+
+def test_every_sentence_of_every_card_supports_itself() -> None:
+    for card in load_cards().values():
+        for sentences in card.sections.values():
+            listed = "\n".join(f"{number}. {sentence}" for number, sentence in enumerate(sentences, 1))
+            assert unsupported(listed, [sentences]) == ()
 
 
 def test_stop_while_the_model_is_loading(big_gguf: Path, library: Library) -> None:

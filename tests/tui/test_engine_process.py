@@ -1,6 +1,7 @@
 """The child process: answers, stops quickly, reuses its cache, and never takes the parent with it."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_model import write_model
+from tiny_model import TEMPLATE, write_model
 
 from tui.engine.process import Engine, EngineError
 from tui.engine.quote import QuotePassage, QuoteSpec, QuoteWeights
@@ -163,7 +164,7 @@ def _alive(process: int) -> bool:
     return state != "Z"
 
 
-def test_refused_models_say_why(tmp_path: Path, tiny_gguf: Path) -> None:
+def test_refused_models_say_why(tmp_path: Path, tiny_gguf: Path, prompts: dict[str, Any]) -> None:
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(tiny_gguf.read_bytes()[:-100])
     for path, cause in (
@@ -173,6 +174,11 @@ def test_refused_models_say_why(tmp_path: Path, tiny_gguf: Path) -> None:
         (write_model(tmp_path / "b.gguf", None, template="{% if %}"), "对话模板"),
         (write_model(tmp_path / "c.gguf", None, edit=lambda w: w.add_uint32("pediatricsgpt.contract", 2)), "第 2 版"),
         (write_model(tmp_path / "d.gguf", None, edit=lambda w: w.add_uint32("pediatricsgpt.contract", 1)), "不完整"),
+        (write_model(tmp_path / "e.gguf", None, architecture="nonesuch"), "nonesuch：unknown model architecture"),
+        (write_model(tmp_path / "f.gguf", None, template="{{ messages[1].content }}"), "对话模板"),
+        (write_model(tmp_path / "g.gguf", {**prompts, "passage_template": "$nope"}), "nope"),
+        (write_model(tmp_path / "h.gguf", {**prompts, "question_template": "$passages"}), "丢掉"),
+        (write_model(tmp_path / "i.gguf", None, template="{{ raise_exception('\x1b[31m红') }}"), r"（\[31m红）"),
     ):
         with Engine.start(path) as engine, pytest.raises(EngineError, match=cause):
             engine.wait_ready(60)
@@ -189,6 +195,82 @@ def test_foreign_model_works_with_builtin_prompts_and_a_note(tmp_path: Path) -> 
         assert info.notes
         assert info.prompts.phrases.refusal.endswith("\n")
         assert finished(engine, {"messages": messages("s", "水"), "max_tokens": 3})["tokens"] <= 3
+
+
+def test_template_without_a_system_role_gets_it_with_the_first_question(tmp_path: Path) -> None:
+    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
+    with Engine.start(write_model(tmp_path / "g.gguf", None, template=template), threads=1) as engine:
+        assert any("系统" in note for note in engine.wait_ready(60).notes)
+        one = finished(engine, {"messages": messages("s", "水"), "max_tokens": 3})
+        two = finished(engine, {"messages": messages("s", "水", one["text"] or "水", "火"), "max_tokens": 3})
+        assert two["event"] == "finished"
+        assert two["error"] is None
+
+
+def test_model_file_that_comes_back_is_loaded_again(tmp_path: Path, tiny_gguf: Path) -> None:
+    path = tmp_path / "m.gguf"
+    shutil.copy(tiny_gguf, path)
+    with Engine.start(path, threads=1) as engine:
+        engine.wait_ready(60)
+        os.kill(engine.process_id, signal.SIGKILL)
+        engine._child.process.wait()
+        path.unlink()
+        for _ in range(2):
+            with pytest.raises(EngineError, match="找不到"):
+                finished(engine, {"messages": messages("s", "水")})
+        shutil.copy(tiny_gguf, path)
+        engine.wait_ready(60)  # as a consultation does before it asks
+        assert finished(engine, {"messages": messages("s", "水"), "max_tokens": 2})["event"] == "finished"
+
+
+def test_closed_engine_starts_no_other_child(tiny_gguf: Path) -> None:
+    engine = Engine.start(tiny_gguf, threads=1)
+    engine.wait_ready(60)
+    engine.close()
+    with pytest.raises(EngineError, match="关闭"):
+        finished(engine, {"messages": messages("s", "水")})
+
+
+def test_files_of_the_current_folder_are_not_imported(
+    tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("queue", "numpy", "jinja2"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('imported from the current folder')")
+    monkeypatch.chdir(tmp_path)
+    with Engine.start(tiny_gguf, threads=1) as engine:
+        assert engine.wait_ready(60).name == "tiny"
+
+
+def test_idle_child_uses_no_processor_time(engine: Engine) -> None:
+    finished(engine, {"messages": messages("s", "水"), "max_tokens": 5})
+    time.sleep(0.5)
+
+    def used() -> int:
+        fields = Path(f"/proc/{engine.process_id}/stat").read_text().rsplit(")", 1)[1].split()
+        return int(fields[11]) + int(fields[12])  # user and system time in ticks of 10 ms
+
+    before = used()
+    time.sleep(2)
+    assert used() - before <= 4
+
+
+def test_answer_cut_by_the_context_is_not_finished(engine: Engine) -> None:
+    lines = tuple(f"{letter}疱疹性咽峡炎的孩子痛得不肯吃东西，眼泪鼻涕都流下来了。\n" for letter in "甲乙丙丁戊己庚辛")
+    spec = asdict(
+        QuoteSpec(
+            (QuotePassage("根据资料[1]：\n", 1.0, lines, (1.0,) * 8),), "没有。\n", 0.0,
+            weights=QuoteWeights(prior=1e6, end=1e-9, closing=0.0),
+        )
+    )  # fmt: skip
+    for length, reason, sentences in ((1, "eos", 8), (20, "context", range(1, 8))):
+        question = "疱疹性咽峡炎疱疹性咽峡炎" * 2 * length
+        event = finished(engine, {"messages": messages("s", question), "quote": spec})
+        count = [kind for kind, *_ in event["pieces"]].count("sentence")
+        assert event["prompt_tokens"] <= 1536
+        assert (event["stop_reason"], count in sentences if isinstance(sentences, range) else count == sentences) == (
+            reason,
+            True,
+        ), event
 
 
 def test_oldest_whole_turns_are_dropped_when_the_context_is_full(engine: Engine) -> None:

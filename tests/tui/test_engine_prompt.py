@@ -63,6 +63,18 @@ def test_tokens_of_an_own_answer_are_used_as_they_were_generated(model: Model) -
     assert any(tuple(ids[i : i + len(own)]) == own for i in range(len(ids)))
 
 
+def test_templates_get_the_named_tokens_and_keep_the_system_message(model: Model) -> None:
+    named = (
+        "{{ bos_token }}{{ pad_token }}{% for m in messages %}{{ m.role }}{{ m.content }}{{ eos_token }}{% endfor %}"
+    )
+    ids = ChatTemplate(named, model).tokens([Message("system", "s"), Message("user", "u")])
+    assert ids == [0, 0, *model.tokenise("systems"), 2, *model.tokenise("useru"), 2]
+    silent = "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+    template = ChatTemplate(silent, model)
+    assert template.folds_system
+    assert template.tokens([Message("system", "s"), Message("user", "u")]) == [1, *model.tokenise("s\n\nu"), 2]
+
+
 @pytest.mark.parametrize(
     "template",
     [

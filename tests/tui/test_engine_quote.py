@@ -42,7 +42,7 @@ def run(spec: QuoteSpec, logits: Callable[[], object], room: int = 10_000) -> tu
     tokens: list[int] = []
     looks = 0
     while state.phase != "ended":
-        walk = Walk(grammar.offers(state, room - len(tokens)), spec.weights.prior)
+        walk = Walk(grammar.offers(state, room - len(tokens))[0], spec.weights.prior)
         while walk.piece is None:
             tokens += walk.forced()
             if walk.piece is None:
@@ -53,15 +53,29 @@ def run(spec: QuoteSpec, logits: Callable[[], object], room: int = 10_000) -> tu
     return pieces, tokens, looks
 
 
+def written(piece: Piece) -> str:
+    """The text of a piece of SPEC."""
+    match piece.kind:
+        case "opening":
+            return SPEC.openings[piece.index]
+        case "closing":
+            return SPEC.closings[piece.index]
+        case "cite":
+            return SPEC.passages[piece.passage].cite
+        case "sentence":
+            return SPEC.passages[piece.passage].sentences[piece.index]
+        case _:
+            return SPEC.refusal if piece.kind == "refusal" else ""
+
+
 @pytest.mark.parametrize("seed", range(50))
 def test_only_whole_pieces_each_sentence_once(seed: int) -> None:
     pieces, tokens, looks = run(SPEC, lambda: Noise(seed))
     assert tokens[-1] == END
     assert END not in tokens[:-1]
     text = bytes(token - 3 for token in tokens[:-1]).decode()
-    grammar = Grammar(SPEC, tokenise, END)
-    assert text == "".join(grammar.text(piece) for piece in pieces)
-    sentences = [grammar.text(piece) for piece in pieces if piece.kind == "sentence"]
+    assert text == "".join(written(piece) for piece in pieces)
+    sentences = [written(piece) for piece in pieces if piece.kind == "sentence"]
     assert len(set(sentences)) == len(sentences) <= 8
     kinds = [piece.kind for piece in pieces]
     assert kinds[-1] == "end"
@@ -121,8 +135,16 @@ def test_nothing_that_does_not_fit_is_begun() -> None:
         assert pieces[-1].kind == "end"
 
 
+def test_what_does_not_fit_is_told() -> None:
+    grammar = Grammar(SPEC, tokenise, END)
+    # Two sentences of 19 bytes, one of 16, and room must stay for the end.
+    for room, whole, sentences in ((20, True, 3), (19, False, 1), (16, False, 0)):
+        pieces, all_fit = grammar.offers(State("passage", 0), room)
+        assert [len([p for p in pieces if p.kind == "sentence"]), all_fit] == [sentences, whole]
+
+
 def test_identity_is_offered_only_when_asked() -> None:
-    assert "identity" not in {p.kind for p in Grammar(SPEC, tokenise, END).offers(State(), 999)}
+    assert "identity" not in {p.kind for p in Grammar(SPEC, tokenise, END).offers(State(), 999)[0]}
     spec = QuoteSpec((), SPEC.refusal, 1.0, identity="我是演示模型。\n")
     pieces, _, _ = run(spec, lambda: dict.fromkeys(range(260), 0.0))
     assert [piece.kind for piece in pieces] == ["identity", "end"]

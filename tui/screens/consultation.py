@@ -275,9 +275,7 @@ class ConsultationScreen(AnsweringScreen):
         self._show_evidence(turn)
 
     def _show_evidence(self, turn: AnswerTurn) -> None:
-        self.query_one(EvidencePanel).show(
-            turn.passages, turn.cited, turn.alarming, asked=turn.ended or bool(turn.passages)
-        )
+        self.query_one(EvidencePanel).show(turn.passages, turn.cited, turn.alarming, searched=turn.ended)
 
     def _set_mode(self, mode: Mode) -> None:
         self.chosen_mode = mode

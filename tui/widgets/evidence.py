@@ -84,19 +84,21 @@ class EvidencePanel(Vertical):
 
     def clear(self) -> None:
         """Nothing asked yet."""
-        self.show((), (), (), asked=False)
+        self.show((), (), (), searched=False)
 
     def show(
-        self, passages: tuple[Passage, ...], cited: tuple[int, ...], alarming: tuple[int, ...], *, asked: bool
+        self, passages: tuple[Passage, ...], cited: tuple[int, ...], alarming: tuple[int, ...], *, searched: bool
     ) -> None:
         """Show what was found for an answer, cheap when nothing changed.
 
         ``cited`` and ``alarming`` are numbers of passages: those the answer cites, those whose danger signs are shown.
+        ``searched`` tells "nothing found" from "not yet".
         """
-        if self._shown == (passages, cited, alarming, asked):
+        searched = searched or bool(passages)
+        if self._shown == (passages, cited, alarming, searched):
             return
-        self._shown = (passages, cited, alarming, asked)
-        self.set_class(not asked, "-empty")
+        self._shown = (passages, cited, alarming, searched)
+        self.set_class(not searched, "-empty")
         self.query_one(RedFlags).show(passage for passage in passages if passage.number in alarming)
         self.query_one("#evidence-head", Static).update(_headline(passages, cited))
         listing = self.query_one("#evidence-list", VerticalScroll)
@@ -106,7 +108,7 @@ class EvidencePanel(Vertical):
             ordered = sorted(passages, key=lambda passage: (passage.number not in cited, passage.number))
             listing.mount(*(PassageView(passage, cited=passage.number in cited) for passage in ordered))
         else:
-            listing.mount(Static(NOTHING if asked else EMPTY, classes="evidence-note", markup=False))
+            listing.mount(Static(NOTHING if searched else EMPTY, classes="evidence-note", markup=False))
         listing.scroll_home(animate=False)
 
 
