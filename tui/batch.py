@@ -76,7 +76,7 @@ def output(path: Path | None) -> Iterator[IO[str]]:
         return
     part = Path(f"{path}.part")
     if part.exists():
-        raise InputError(f"{part} holds the answers of an interrupted run; move it away or delete it, then start again.")
+        raise InputError(f"{part} holds the answers of an interrupted run; move it away or delete it first.")
     try:
         with part.open("w", encoding="utf-8") as stream:
             yield stream

@@ -41,6 +41,7 @@ examples:
 
 A line of a batch: {"question": "...", "id": 1, "task": "diagnosis", "mode": "quote", "history": ["earlier question"]};
 only "question" is needed. One JSON answer per line comes out, in the same order.
+An interrupted --output FILE leaves its answers in FILE.part. Exit code 1: an answer broke off or did not fit.
 """
 
 

@@ -255,22 +255,23 @@ def test_idle_child_uses_no_processor_time(engine: Engine) -> None:
 
 
 def test_answer_cut_by_the_context_is_not_finished(engine: Engine) -> None:
-    lines = tuple(f"{letter}疱疹性咽峡炎的孩子痛得不肯吃东西，眼泪鼻涕都流下来了。\n" for letter in "甲乙丙丁戊己庚辛")
+    lines = tuple(
+        f"{letter}疱疹性咽峡炎的孩子痛得不肯吃东西，眼泪鼻涕都流下来了，夜里也睡不安稳。\n"
+        for letter in "甲乙丙丁戊己庚辛"
+    )
     spec = asdict(
         QuoteSpec(
             (QuotePassage("根据资料[1]：\n", 1.0, lines, (1.0,) * 8),), "没有。\n", 0.0,
             weights=QuoteWeights(prior=1e6, end=1e-9, closing=0.0),
         )
     )  # fmt: skip
-    for length, reason, sentences in ((1, "eos", 8), (20, "context", range(1, 8))):
-        question = "疱疹性咽峡炎疱疹性咽峡炎" * 2 * length
-        event = finished(engine, {"messages": messages("s", question), "quote": spec})
-        count = [kind for kind, *_ in event["pieces"]].count("sentence")
-        assert event["prompt_tokens"] <= 1536
-        assert (event["stop_reason"], count in sentences if isinstance(sentences, range) else count == sentences) == (
-            reason,
-            True,
-        ), event
+    whole = finished(engine, {"messages": messages("s", "发热"), "quote": spec})
+    assert (whole["stop_reason"], [kind for kind, *_ in whole["pieces"]].count("sentence")) == ("eos", 8)
+    padding = "疱" * ((1500 - whole["prompt_tokens"]) // 3)  # three bytes, three tokens each
+    cut = finished(engine, {"messages": messages("s", padding), "quote": spec})
+    assert cut["prompt_tokens"] + whole["tokens"] > 2048
+    assert 1 <= [kind for kind, *_ in cut["pieces"]].count("sentence") < 8
+    assert cut["stop_reason"] == "context"
 
 
 def test_oldest_whole_turns_are_dropped_when_the_context_is_full(engine: Engine) -> None:

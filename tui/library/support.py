@@ -40,7 +40,7 @@ _FIGURES = re.compile(
     # a name, not an amount: b12, h1n1, the telephone number 120
     r"(?P<word>[a-z]+-?\d[a-z0-9]*|(?<=[打拨叫])120)"
     rf"|百分之(?P<percent>{_CHINESE}|{_ARABIC})"
-    rf"|(?P<parts>{_CHINESE}|\d+)分之(?P<share>{_CHINESE}|\d+)"
+    rf"|(?P<parts>{_CHINESE}|\d+)分之(?P<share>{_CHINESE}|\d+)(?P<whole>{_UNIT}|{_HAN})?"
     rf"|(?P<arabic>{_ARABIC}(?:{_TO}{_ARABIC})*)"
     rf"(?:(?P<unit>{_UNIT})|(?P<power>[百千万亿]*)(?P<more>[多余来几]?)(?P<after>{_UNIT}|(?:[a-z%°μ]+|{_HAN}){_PER})?)"
     # 十分 means "very"
@@ -76,9 +76,8 @@ def quantities(text: str) -> set[tuple[str, str]]:
         elif part["percent"]:
             found.update((value, "%") for value in _values(part["percent"]))
         elif part["parts"]:
-            found.update(
-                (f"{share}/{parts}", "") for parts in _values(part["parts"]) for share in _values(part["share"])
-            )
+            parts, shares, unit = _values(part["parts"]), list(_values(part["share"])), _canonical(part["whole"])
+            found.update((f"{share}/{whole}", unit) for whole in parts for share in shares)
         else:
             numbers = part["arabic"] or part["chinese"] or part["large"]
             unit = _canonical(part["unit"] or part["after"] or part["counted"] or part["noun"])
