@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from tui.library.cards import CARDS, Card, Source, load_cards
+from tui.library.intent import SectionIntent
 from tui.library.words import bigrams, normalise, spaced, vocabulary
 
 Key = TypeVar("Key", str, tuple[str, str])
@@ -61,7 +62,8 @@ class SearchWeights:
     symptom: float = 0.6  # best lay symptom phrase: share of it that the question contains
     named: float = 1.5  # a name of the card stands in the question ...
     named_floor: float = 0.4  # ... times at least this, when the name is a word that many cards use
-    intent: float = 0.5
+    intent: float = 1.0
+    plain: float = 0.25  # share of it for the words of asking in a question that names no card
     asked: float = 0.15  # best of the section's own short questions: share of it that the question contains
     prior: float = 0.5  # of the consultation task for the section
     repeat: float = 0.4  # taken off for each passage already chosen from the same card ...
@@ -105,6 +107,11 @@ class Library:
             for heading, phrases in card.asked.items()
             for phrase in phrases
         ]
+        self._intent = SectionIntent(
+            ((heading, words.standard(phrase)) for card in cards.values() for heading, phrases in card.asked.items()
+             for phrase in phrases),
+            {heading: map(str, entry["words"]) for heading, entry in words.sections.items()},
+        )  # fmt: skip
         self._index = self._build()
 
     @classmethod
@@ -135,7 +142,7 @@ class Library:
         evidence = {
             card: weights.named * named.get(card, 0.0) + weights.symptom * symptom.get(card, 0.0) for card in self.cards
         }
-        intent, prior = words.intent(normalise(question)), words.prior(task)
+        intent, prior = self._wanted(question, named), words.prior(task)
         if any(intent.values()) and task == "knowledge":
             prior = {}
         # What speaks for a card counts for all its sections; what tells its sections apart comes on top.
@@ -164,6 +171,20 @@ class Library:
         )
         confidence = self._confidence(text, asked, named, symptom, cards)
         return SearchResult(passages, cards, round(confidence, 4))
+
+    def _wanted(self, question: str, named: dict[str, float]) -> dict[str, float]:
+        """Section -> 0..1: how clearly the question asks for it.
+
+        Where a card is named, the rest of the question is what is asked. A description without a name is mostly about
+        what is seen, which says little about what is wanted: there only the plain words of asking count.
+        """
+        text = vocabulary().standard(question)
+        if not named:
+            asked = vocabulary().intent(text)
+            return {heading: self.weights.plain * share for heading, share in asked.items()}
+        for name in sorted((name for name in self._names if name in text), key=len, reverse=True):
+            text = text.replace(name, " ")
+        return self._intent(text)
 
     def _without_names(self, text: str, symptom: dict[str, float]) -> str:
         """The question without names of cards, nor words of a card whose lay symptom it clearly describes.

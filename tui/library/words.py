@@ -71,9 +71,12 @@ class Vocabulary:
             words |= set(self.around.findall(question))
         return len(words) + sum(age >= _ADULT for age in _ages(question))
 
+    def standard(self, question: str) -> str:
+        """The normalised question with dialect put into standard words."""
+        return self.dialect.sub(lambda found: self.same[found[0]], normalise(question))
+
     def intent(self, question: str) -> dict[str, float]:
-        """Per section 0..1: how clearly a normalised question asks for it (the clearest asked has 1)."""
-        question = self.dialect.sub(lambda found: self.same[found[0]], question)
+        """Per section 0..1: how clearly a question in standard words asks for it (the clearest asked has 1)."""
         score = {
             heading: max((len(word) ** 2 for word in entry["words"] if word in question), default=0)
             for heading, entry in self.sections.items()
