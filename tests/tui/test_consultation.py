@@ -236,7 +236,29 @@ def test_quote_prior_follows_search_score_and_confidence(library: Library) -> No
     spec = quote_spec(prompts, found, "孩子水痘怎么办", QuoteWeights())
     weights = [passage.weight for passage in spec.passages]
     assert weights == sorted(weights, reverse=True)
-    assert spec.refusal_weight == pytest.approx(1 - found.confidence)
+    sure = found.confidence**3
+    unsure = (1 - found.confidence) ** 3
+    assert spec.refusal_weight == pytest.approx(unsure / (sure + unsure))
     assert spec.identity is None
     assert quote_spec(prompts, found, "你是谁？", QuoteWeights()).identity == prompts.phrases.identity
     assert quote_spec(prompts, found, "给我开点药", QuoteWeights()).identity == prompts.phrases.prescription
+
+
+@pytest.mark.parametrize(
+    ("question", "phrase"),
+    [
+        ("你是真人吗", "identity"),
+        ("你不会是机器人吧", "identity"),
+        ("给我开三天的抗生素", "prescription"),
+        ("帮我写个处方", "prescription"),
+        ("给娃开瓶止咳药水", "prescription"),
+        ("发烧能给孩子开空调吗", ""),
+        ("医生给孩子开了阿莫西林，过敏怎么办", ""),
+        ("孩子吞了机器人的纽扣电池", ""),
+        ("处方药和非处方药怎么放", ""),
+    ],
+)
+def test_who_asks_for_what_the_app_is_not(library: Library, question: str, phrase: str) -> None:
+    prompts = Prompts.builtin()
+    spec = quote_spec(prompts, library.search(question), question, QuoteWeights())
+    assert spec.identity == (getattr(prompts.phrases, phrase) if phrase else None)

@@ -29,10 +29,14 @@ class QuoteWeights:
     """Prior masses and how much they count; to be tuned on a development set."""
 
     prior: float = 1.0  # factor of the log prior beside the log-softmax of the model
-    search_temperature: float = 0.5  # a passage's share of the cites is exp(score / this), normalised
+    # A passage's share of the cites is exp(card / card_temperature + section / section_temperature), normalised: the
+    # search knows better which illness is meant, the model which section is asked for.
+    card_temperature: float = 0.03
+    section_temperature: float = 0.2
+    certainty: float = 3.0  # exponent that sharpens the search's confidence of being in scope
     opening: float = 0.3  # mass of the openings; cites and refusal together have 1
     identity: float = 4.0  # mass of the identity phrase, where it is offered
-    another: float = 0.15  # mass of citing another passage; the sentences of this one have 1
+    another: float = 0.02  # mass of citing another passage; the sentences of this one have 1
     closing: float = 0.3  # mass of the closings after one sentence; grows with every further sentence
     end: float = 0.3  # mass of the end, likewise
     follow: float = 2.0  # factor for the sentence that follows the last one in its passage
