@@ -236,8 +236,8 @@ def test_quote_prior_follows_search_score_and_confidence(library: Library) -> No
     spec = quote_spec(prompts, found, "孩子水痘怎么办", QuoteWeights())
     weights = [passage.weight for passage in spec.passages]
     assert weights == sorted(weights, reverse=True)
-    sure = found.confidence**3
-    unsure = (1 - found.confidence) ** 3
+    sure = found.confidence**4
+    unsure = (1 - found.confidence) ** 4
     assert spec.refusal_weight == pytest.approx(unsure / (sure + unsure))
     assert spec.identity is None
     assert quote_spec(prompts, found, "你是谁？", QuoteWeights()).identity == prompts.phrases.identity

@@ -31,13 +31,13 @@ class QuoteWeights:
     prior: float = 1.0  # factor of the log prior beside the log-softmax of the model
     # A passage's share of the cites is exp(card / card_temperature + section / section_temperature), normalised: the
     # search knows better which illness is meant, the model which section is asked for.
-    card_temperature: float = 0.03
-    section_temperature: float = 0.2
-    certainty: float = 3.0  # exponent that sharpens the search's confidence of being in scope
-    opening: float = 0.3  # mass of the openings; cites and refusal together have 1
+    card_temperature: float = 0.01
+    section_temperature: float = 0.1
+    certainty: float = 4.0  # exponent that sharpens the search's confidence of being in scope
+    opening: float = 0.05  # mass of the openings; cites and refusal together have 1
     identity: float = 4.0  # mass of the identity phrase, where it is offered
     another: float = 0.02  # mass of citing another passage; the sentences of this one have 1
-    closing: float = 0.3  # mass of the closings after one sentence; grows with every further sentence
+    closing: float = 0.1  # mass of the closings after one sentence; grows with every further sentence
     end: float = 0.3  # mass of the end, likewise
     follow: float = 2.0  # factor for the sentence that follows the last one in its passage
     sentences: int = 8  # most sentences in an answer
@@ -153,7 +153,8 @@ class Grammar:
         if spec.identity:
             pieces.append(Piece("identity", self._tokens[spec.identity], weights.identity))
         if state.phase == "start":
-            mass = weights.opening / max(1, len(spec.openings))
+            # An opening leads to an answer: it is as likely as one.
+            mass = weights.opening * (1.0 - spec.refusal_weight) / max(1, len(spec.openings))
             pieces += [Piece("opening", self._tokens[t], mass, i) for i, t in enumerate(spec.openings)]
         return pieces
 
