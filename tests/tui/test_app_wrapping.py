@@ -106,7 +106,7 @@ def test_hostile_runs_fit_and_cost_little(text: str) -> None:
     assert all(cell_len(line) <= 40 for line in lines(text, 40))
     start = time.perf_counter()
     wrapping.divide_line(text * 10, 40)
-    assert time.perf_counter() - start < 0.5
+    assert time.perf_counter() - start < 10  # quadratic time would take minutes
 
 
 async def test_textual_uses_it_in_static_text_and_in_the_text_area() -> None:

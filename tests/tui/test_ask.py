@@ -147,7 +147,7 @@ def test_interrupt_stops_with_130(big_gguf: Path) -> None:
     begin = time.monotonic()
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=10)
-    assert time.monotonic() - begin < 1
+    assert time.monotonic() - begin < 5
     assert process.returncode == 130
     assert "Traceback" not in err.decode()
     assert out.decode("utf-8", "replace").endswith("\n（已停止）\n")
