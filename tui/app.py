@@ -112,12 +112,18 @@ class ConsultationApp(App[None]):
             self.exit()
 
     def on_mount(self) -> None:
-        """End in order when the system asks for it, so that the terminal gets its own screen back."""
-        if sys.platform != "win32":  # where asyncio knows no signal handlers
-            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._terminate)
+        """End in order when the system asks for it or the terminal is gone.
 
-    def _terminate(self) -> None:
-        self.exit(return_code=128 + signal.SIGTERM)
+        A closed window must not leave an app behind that reads the end of a dead terminal for ever, even where it was
+        started with hang-ups ignored (nohup, some multiplexers).
+        """
+        if sys.platform != "win32":  # where asyncio knows no signal handlers
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGTERM, signal.SIGHUP):
+                loop.add_signal_handler(number, self._terminate, number)
+
+    def _terminate(self, number: signal.Signals) -> None:
+        self.exit(return_code=128 + number)
 
     def on_unmount(self) -> None:
         """Let waiting threads go: closing the engine ends loading and generating."""
@@ -137,7 +143,7 @@ def run(
 ) -> int:
     """Run the consultation until the user quits; ``context`` in tokens, ``threads`` None for the physical cores.
 
-    Returns 0, or 2 when the model could not be opened and the user gave up, or 143 when ended by SIGTERM.
+    Returns 0, or 2 when the model could not be opened and the user gave up, or 128 + the signal when ended by SIGTERM or SIGHUP.
     """
     opener = ModelOpener(model_path, task, mode, context=context, threads=threads)
     app = ConsultationApp(opener, task=task, mode=mode, ascii_only=ascii_only)

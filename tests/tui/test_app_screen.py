@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -213,6 +214,30 @@ def test_the_terminal_gets_its_own_screen_back_when_the_app_is_told_to_end() -> 
         child.kill()
         child.wait()
         os.close(main)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals and terminals of POSIX")
+@pytest.mark.parametrize("ignored", [False, True])
+def test_an_app_whose_terminal_is_gone_ends(ignored: bool) -> None:
+    """A closed window must not leave a spinning process behind, even one that was started with hang-ups ignored."""
+    pty = pytest.importorskip("pty")
+    code = "import sys; from tests.tui.scripted import app_of; a, _ = app_of(); a.run(); sys.exit(a.return_code)"
+    child, main = pty.fork()
+    if child == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+        os.chdir(PROJECT)
+        os.execv(sys.executable, [sys.executable, "-c", code])
+    output = b""
+    while "正在加载模型".encode() not in output and b"Enter" not in output:
+        output += os.read(main, 65536)
+    os.close(main)
+    deadline = time.monotonic() + 20
+    while not (ended := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if not ended[0]:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert ended[0] == child
 
 
 def _read(terminal: int) -> bytes:
