@@ -143,7 +143,7 @@ def run(
 ) -> int:
     """Run the consultation until the user quits; ``context`` in tokens, ``threads`` None for the physical cores.
 
-    Returns 0, or 2 when the model could not be opened and the user gave up, or 128 + the signal when ended by SIGTERM or SIGHUP.
+    Returns 0, or 2 when the model could not be opened and the user gave up, or 128 + the signal (SIGTERM, SIGHUP).
     """
     opener = ModelOpener(model_path, task, mode, context=context, threads=threads)
     app = ConsultationApp(opener, task=task, mode=mode, ascii_only=ascii_only)

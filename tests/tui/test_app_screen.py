@@ -1,6 +1,7 @@
 """The consultation screen with a scripted consultation: asking, stopping, waiting, failing."""
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -228,8 +229,11 @@ def test_an_app_whose_terminal_is_gone_ends(ignored: bool) -> None:
         os.chdir(PROJECT)
         os.execv(sys.executable, [sys.executable, "-c", code])
     output = b""
-    while "正在加载模型".encode() not in output and b"Enter" not in output:
-        output += os.read(main, 65536)
+    settled = time.monotonic() + 2.0
+    while time.monotonic() < settled:  # painted, and at rest
+        if select.select([main], [], [], 0.1)[0]:
+            output += os.read(main, 65536)
+    assert b"Enter" in output
     os.close(main)
     deadline = time.monotonic() + 20
     while not (ended := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < deadline:
