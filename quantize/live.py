@@ -98,7 +98,6 @@ class Live:
         sums = {
             name: torch.zeros(layer.num_specific[_NAME], dtype=torch.float64) for name, layer in self._layers.items()
         }
-        tokens = 0
 
         def watch(name: str) -> Callable[..., None]:
             def hook(layer: Any, inputs: tuple[torch.Tensor, ...]) -> None:
