@@ -11,8 +11,12 @@ COMMANDS = {
     "consult": ("tui", None, "open the consultation (also without a command)"),
     "ask": ("tui", None, "ask one question, or a batch, from the shell"),
     "corpus": ("trainer", "train", "build PedCorpus from the cards"),
+    "recipes": ("trainer", "train", "list, show and copy the shipped recipes"),
+    "plan": ("trainer", "train", "what a recipe will cost: memory, steps, disk, time"),
+    "preview": ("trainer", "train", "see what a stage is fed, with the loss mask in colour"),
     "train": ("trainer", "train", "train a model from a recipe: CPT, SFT, DFPO, MUE"),
     "evaluate": ("trainer", "train", "measure a model through the app's own door"),
+    "import-mue": ("trainer", "train", "convert an adapter of the paper's released code"),
     "quantize": ("quantize", "quantize", "merge the experts and write one GGUF file, checked"),
 }
 

@@ -2,256 +2,260 @@
 
 from __future__ import annotations
 
-import json
+import errno
 import os
-import random
 import shutil
-import subprocess
 import warnings
-from collections.abc import Callable
-from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
+from accelerate import PartialState
 from peft import PeftModel
 from rich.console import Console
 from safetensors import SafetensorError
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    set_seed,
-)
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, set_seed
 from transformers import logging as transformers_logging
 
-from trainer import prompts
-from trainer.corpus.build import build_corpus, data_sha256, is_current
-from trainer.corpus.record import Record, read_records
-from trainer.induction import write_induction_heads
-from trainer.mue import MueConfig
-from trainer.recipe import PROJECT, Recipe
-from trainer.report import plot_losses
-from trainer.stages.common import Watch, fit, progress_bars
-from trainer.stages.cpt import cpt_trainer
-from trainer.stages.dfpo import dfpo_trainer
-from trainer.stages.sft import sft_trainer
-from trainer.tokenizer import token_id, train_tokenizer
+import trainer.mue  # noqa: F401  (registers the adapter type with PEFT)
+from trainer.bases.baichuan import convert_baichuan, is_baichuan
+from trainer.corpus.build import build_corpus, check_records, is_current
+from trainer.corpus.record import read_records
+from trainer.evaluate.held_out import load_held_out, measure
+from trainer.folder import RunError, RunFolder, digests
+from trainer.origin import load_model, make_tokenizer, on_gpu, start_model
+from trainer.recipe import STAGES, DenseStage, Recipe, RecipeError
+from trainer.report import write_report
+from trainer.stages.adapters import merge_lora
+from trainer.stages.build import stage_records, stage_trainer
+from trainer.stages.fit import fit
+from trainer.stages.observers import LookAtEvaluation, Observer
+from trainer.stages.template import check_template
+from trainer.stages.view import View
 
-STAGES = {"cpt": "1-cpt", "sft": "2-sft", "dfpo": "3-dfpo", "mue": "4-mue"}
-_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "tokenizers")
-_CALIBRATION_DIALOGUES = 64
-
-
-class RunError(ValueError):
-    """A run folder that cannot be continued; the message names the cause and the remedy."""
+_SENTENCEPIECE = "tokenizer.model"  # its scores are what a GGUF file of such a vocabulary needs
+_NO_SPACE = "No space left"
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUDA error: out of memory")
 
 
 class Run:
-    """The folder of one run and what is known of it (`run.json`)."""
+    """Executes a recipe in a folder; the same call continues it."""
 
     def __init__(self, recipe: Recipe, folder: Path, corpus: Path, console: Console) -> None:
+        _check_extras(recipe)
         self.recipe = recipe
-        self.folder = folder
-        self.corpus = corpus
+        self.folder = RunFolder(folder)
+        self.corpus = recipe.corpus.records or corpus
+        self.processes = PartialState(cpu=not on_gpu(recipe))
+        console.quiet = not self.processes.is_main_process
         self.console = console
-        self.record: dict[str, Any] = {}
 
-    def execute(self) -> None:
+    def execute(self, accept_changes: bool = False) -> None:
         """Builds the corpus if need be and runs every stage that is not done yet.
 
-        Raises Interrupted after Ctrl-C, RunError when the folder belongs to another recipe.
+        Raises Interrupted after Ctrl-C, StageError when a stage cannot go on, RunError when the folder belongs to
+        another recipe, CorpusError and RecipeError for bad input.
         """
         _quieten_libraries()
-        self._open()
-        tokenizer = self._tokenizer()
+        if self.processes.is_main_process:
+            self._open(accept_changes)
+        self.processes.wait_for_everyone()
+        self.folder.read()
+        tokenizer = AutoTokenizer.from_pretrained(self.folder.tokenizer, local_files_only=True)
+        check_template(tokenizer)
+        self._measure("start", tokenizer)
         previous: Path | None = None
-        with progress_bars(self.console) as progress:
-            for stage, name in STAGES.items():
-                target = self.folder / name
-                if stage not in self.record["stages"]:
-                    set_seed(self.recipe.seed)
-                    watch = Watch(stage, self.folder / "metrics.jsonl", progress)
-                    self.console.print(f"[bold]{stage.upper()}[/] starts from {previous or 'random weights'}")
+        with View(self.console) as view:
+            for name in STAGES:
+                if not self.folder.done(name):
                     try:
-                        self.record["stages"][stage] = self._stage(stage, previous, target, tokenizer, watch)
-                    except (RuntimeError, SafetensorError) as error:
-                        raise self._disk_error(error) from error
-                    self._write_record()
-                    shutil.rmtree(self._checkpoints(stage), ignore_errors=True)
-                previous = target
-        plot_losses(self.folder)
+                        self._stage(name, previous, tokenizer, view)
+                    except (RuntimeError, OSError, SafetensorError) as error:
+                        raise self._explained(error, name) from error
+                previous = self.folder.stage(name)
+        if self.processes.is_main_process:
+            write_report(self.folder.path)
 
-    def _open(self) -> None:
-        file = self.folder / "run.json"
-        recipe = self.recipe.model_dump(mode="json", exclude={"corpus": {"cards"}})
-        if file.exists():
-            try:
-                self.record = json.loads(file.read_text(encoding="utf-8"))
-            except (ValueError, OSError) as error:
-                raise RunError(
-                    f"{file} cannot be read ({error}). Give another --output or remove the folder."
-                ) from None
-            if self.record["recipe"] != recipe:
-                raise RunError(
-                    f"{self.folder} was made with another recipe. Give another --output or remove the folder."
-                )
-        if not is_current(self.corpus, self.recipe):
+    def _open(self, accept_changes: bool) -> None:
+        """Corpus, folder and tokenizer, made by the main process."""
+        known = self.folder.read()
+        if known:  # before the corpus is touched: another recipe would build another one in its place
+            self.folder.check_recipe(self.recipe, accept_changes, self.console)
+        if self.recipe.corpus.records:
+            check_records(self.corpus)
+        elif not is_current(self.corpus, self.recipe):
             self.console.print(f"Building the corpus {self.corpus} …")
             build_corpus(self.recipe, self.corpus)
-        corpus_sha256 = data_sha256(self.corpus)
-        if self.record:
-            if self.record["corpus_sha256"] != corpus_sha256:
-                raise RunError(
-                    f"{self.folder} was made with another corpus (its cards or phrasings have changed since). "
-                    "Give another --output or remove the folder."
-                )
-            done = ", ".join(self.record["stages"]) or "none"
-            self.console.print(f"Continuing {self.folder} (stages done: {done})")
+        if known:
+            self.folder.check_corpus(self.corpus)
+            done = ", ".join(self.folder.record["stages"]) or "none"
+            self.console.print(f"Continuing {self.folder.path} (stages done: {done})", soft_wrap=True)
+        else:
+            self.folder.create(self.recipe, self.corpus, self.processes.num_processes)
+        self._convert_base()
+        if not self.folder.tokenizer.exists():
+            texts = [r.text or "" for r in stage_records("cpt", self.corpus)]
+            texts += [m.content for r in stage_records("sft", self.corpus) for m in r.messages or ()]
+            part = self.folder.tokenizer.with_name("tokenizer.part")
+            make_tokenizer(self._based(), texts).save_pretrained(part)
+            vocabulary = self.folder.path / "0-base" / _SENTENCEPIECE
+            if vocabulary.exists():
+                shutil.copyfile(vocabulary, part / _SENTENCEPIECE)
+            part.rename(self.folder.tokenizer)
+
+    def _convert_base(self) -> None:
+        """Baichuan's own code cannot run in this transformers; its 7B models have an exact Llama form."""
+        source = Path(self.recipe.base or "")
+        target = self.folder.path / "0-base"
+        if self.recipe.base and is_baichuan(source) and not target.exists():
+            with self.console.status(f"converting {source} to the Llama form"):
+                convert_baichuan(source, target)
+
+    def _based(self) -> Recipe:
+        """The recipe with the converted base, if there was one to convert."""
+        converted = self.folder.path / "0-base"
+        return self.recipe.model_copy(update={"base": str(converted)}) if converted.exists() else self.recipe
+
+    def _stage(self, name: str, previous: Path | None, tokenizer: PreTrainedTokenizerFast, view: View) -> None:
+        recipe, stage = self._based(), self.recipe.stage(name)
+        set_seed(recipe.seed)
+        origin = previous or recipe.base or "random weights"
+        self.console.print(f"[bold]{name.upper()}[/] starts from {origin}", highlight=False)
+        self._print_inheritance(name)
+        model = load_model(previous, recipe, tokenizer, stage) if previous else start_model(recipe, tokenizer, stage)
+        checkpoints = self.folder.checkpoints(name)
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(self.folder.path / "tensorboard" / name)
+        trainer = stage_trainer(name, model, tokenizer, recipe, self.corpus, checkpoints)
+        if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+            trainer.add_callback(LookAtEvaluation(self._observer(tokenizer), name))
+        result = fit(trainer, name, self.folder.metrics, view, on_gpu(recipe))
+        self._hand_on(trainer, name, previous or recipe.base, tokenizer)
+        del trainer, model
+        if self.processes.is_main_process:
+            self.folder.record["stages"][name] = {**result, "files": digests(self.folder.stage(name))}
+            self.folder.write()
+            shutil.rmtree(checkpoints, ignore_errors=True)
+        self._measure(name, tokenizer)
+
+    def _print_inheritance(self, name: str) -> None:
+        inherited, overridden = self.recipe.inheritance(name)
+        if overridden:
+            changed = ", ".join(f"{key} {before} → {now}" for key, (before, now) in overridden.items())
+            self.console.print(f"  sets       {changed}", style="dim", highlight=False, soft_wrap=True)
+        if inherited:
+            fields = type(self.recipe.stage(name)).model_fields
+            same = ", ".join(f"{key} {value}" for key, value in inherited.items() if value != fields[key].default)
+            self.console.print(f"  inherits   {same}", style="dim", highlight=False, soft_wrap=True)
+
+    def _hand_on(self, trainer: Any, name: str, origin: Path | str | None, tokenizer: PreTrainedTokenizerFast) -> None:
+        """Writes the stage's folder aside and renames it; a LoRA is merged into what the stage started from."""
+        target = self.folder.stage(name)
+        part = target.with_name(f"{target.name}.part")
+        if self.processes.is_main_process:
+            shutil.rmtree(part, ignore_errors=True)
+        self.processes.wait_for_everyone()
+        trainer.save_model(str(part))  # every process: sharded weights are gathered
+        if self.processes.is_main_process:
+            stage = self.recipe.stage(name)
+            if isinstance(stage, DenseStage) and stage.method == "lora":
+                assert origin is not None
+                adapter = part.with_name(f"{target.name}-lora.part")
+                shutil.rmtree(adapter, ignore_errors=True)
+                part.rename(adapter)
+                merge_lora(origin, adapter, part)
+                shutil.rmtree(adapter)
+            if name != "mue":
+                shutil.copytree(self.folder.tokenizer, part, dirs_exist_ok=True)
+            for extra in ("training_args.bin", "README.md"):
+                (part / extra).unlink(missing_ok=True)
+            if name == "mue":
+                for file in part.glob("*token*"):
+                    file.unlink()
+                (part / "chat_template.jinja").unlink(missing_ok=True)
+            shutil.rmtree(target, ignore_errors=True)
+            part.rename(target)
+        self.processes.wait_for_everyone()
+
+    def _measure(self, when: str, tokenizer: PreTrainedTokenizerFast) -> None:
+        """Held-out figures of what stands in the folder (at `start`: of the base or the random weights)."""
+        if when in self.folder.record["held_out"]:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._check_disk()
-        self.record = {
-            "name": self.recipe.name,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "recipe": recipe,
-            "corpus_sha256": corpus_sha256,
-            "seed": self.recipe.seed,
-            "versions": {package: version(package) for package in _PACKAGES},
-            "git_commit": _git_commit(),
-            "hardware": {
-                "cpus": os.cpu_count(),
-                "gpus": torch.cuda.device_count(),
-                "threads": torch.get_num_threads(),
-            },
-            "stages": {},
-        }
-        shutil.copyfile(prompts.PROMPTS_FILE, self.folder / "prompts.json")
-        self._write_calibration()
-        self._write_record()
-
-    def _check_disk(self) -> None:
-        """Refuses to start a run that cannot be saved: three models, two checkpoints with optimiser state (fp32)."""
-        shape = self.recipe.model
-        attention = shape.hidden_size * shape.head_dim * (2 * shape.heads + 2 * shape.key_value_heads)
-        layer = attention + 3 * shape.hidden_size * shape.intermediate_size
-        parameters = self.recipe.tokenizer.vocab_size * shape.hidden_size + shape.layers * layer
-        needed, free = parameters * 4 * (3 + 2 * 3), shutil.disk_usage(self.folder).free
-        if free < needed:
-            raise RunError(
-                f"{self.folder} needs about {needed / 1e6:.0f} MB for its checkpoints, "
-                f"but {free / 1e6:.0f} MB are free. Make room or give an --output on another disk."
+        recipe = self._based()
+        model: Any
+        if when == "start":
+            model = start_model(recipe, tokenizer)
+        elif when == "mue":
+            model = PeftModel.from_pretrained(
+                load_model(self.folder.stage("dfpo"), recipe, tokenizer), str(self.folder.stage("mue"))
             )
+        else:
+            model = load_model(self.folder.stage(when), recipe, tokenizer)
+        model = model.to(self.processes.device)
+        length = self.recipe.stage("sft" if when in ("start", "cpt") else when).max_length
+        state = self.processes
+        with self.console.status(f"measuring held-out losses ({when})"):
+            self.folder.record["held_out"][when] = measure(
+                model,
+                tokenizer,
+                load_held_out(self.corpus),
+                length,
+                rank=state.process_index,
+                world=state.num_processes,
+                bf16=recipe.bf16,
+            )
+        if state.is_main_process:
+            if when in STAGES:
+                self._observer(tokenizer).look(model, when, self.folder.record["stages"][when]["steps"])
+            self.folder.write()
+            write_report(self.folder.path)
+        state.wait_for_everyone()
 
-    def _write_record(self) -> None:
-        part = self.folder / "run.json.part"
-        part.write_text(json.dumps(self.record, ensure_ascii=False, indent=1), encoding="utf-8")
-        part.replace(self.folder / "run.json")
+    def _observer(self, tokenizer: PreTrainedTokenizerFast) -> Observer:
+        questions = self.corpus / "held_out_questions.jsonl"
+        return Observer(self.folder.path, tokenizer, list(read_records(questions)) if questions.exists() else [])
 
-    def _write_calibration(self) -> None:
-        """Dialogues of the training split on which quantize measures gates and losses."""
-        records = [r for r in self._records("mue") if r.task in prompts.prompts()["task_prompts"]]
-        chosen = random.Random(self.recipe.seed).sample(records, min(_CALIBRATION_DIALOGUES, len(records)))
-        with (self.folder / "calibration.jsonl").open("w", encoding="utf-8") as file:
-            for record in chosen:
-                row = {"task": record.task, "messages": [m.model_dump() for m in record.messages or ()]}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    def _explained(self, error: Exception, name: str) -> Exception:
+        """torch, safetensors and CUDA report a full disk or memory as errors of their own kinds."""
+        text = str(error)
+        full = shutil.disk_usage(self.folder.path).free < 1_000_000 or _NO_SPACE in text
+        if full or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
+            return RunError(f"The disk of {self.folder.path} is full. Make room; the same command continues.")
+        if isinstance(error, torch.OutOfMemoryError) or any(sign in text for sign in _OUT_OF_MEMORY):
+            return RunError(self._memory_advice(name))
+        return error
 
-    def _records(self, name: str) -> list[Record]:
-        return list(read_records(self.corpus / f"{name}.jsonl"))
-
-    def _tokenizer(self) -> PreTrainedTokenizerFast:
-        folder = self.folder / "tokenizer"
-        if not folder.exists():
-            texts = [r.text or "" for r in self._records("cpt")]
-            texts += [m.content for r in self._records("sft") for m in r.messages or ()]
-            trained = train_tokenizer(texts, self.recipe.tokenizer, self.recipe.model.context)
-            part = folder.with_name("tokenizer.part")
-            trained.save_pretrained(part)
-            part.rename(folder)
-        return AutoTokenizer.from_pretrained(folder)
-
-    def _stage(
-        self,
-        stage: str,
-        previous: Path | None,
-        target: Path,
-        tokenizer: PreTrainedTokenizerFast,
-        watch: Watch,
-    ) -> dict[str, Any]:
-        checkpoints = self._checkpoints(stage)
-        recipe, stages = self.recipe, self.recipe.stages
-        model = _load(previous) if previous else new_model(recipe, tokenizer)
-        make: dict[str, Callable[[], Any]] = {
-            "cpt": lambda: cpt_trainer(model, tokenizer, recipe, self._records("cpt"), checkpoints),
-            "sft": lambda: sft_trainer(model, tokenizer, recipe, stages.sft, self._records("sft"), checkpoints),
-            "dfpo": lambda: dfpo_trainer(model, tokenizer, recipe, self._records("preferences"), checkpoints),
-            "mue": lambda: sft_trainer(
-                model, tokenizer, recipe, stages.mue, self._records("mue"), checkpoints, _mue_config(recipe)
-            ),
-        }
-        trainer = make[stage]()
-        result = fit(trainer, watch, checkpoints)
-        self._save(trainer.model, tokenizer, target)
-        return result
-
-    def _checkpoints(self, stage: str) -> Path:
-        return self.folder / "checkpoints" / stage
-
-    def _disk_error(self, error: Exception) -> Exception:
-        """torch and safetensors report a full disk as errors of their own kinds; anything else stays what it is."""
-        if shutil.disk_usage(self.folder).free > 1_000_000 and "space" not in str(error):
-            return error
-        return RunError(f"The disk of {self.folder} is full. Make room; the same command continues.")
-
-    def _save(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerFast, target: Path) -> None:
-        part = target.with_name(target.name + ".part")
-        shutil.rmtree(part, ignore_errors=True)
-        model.save_pretrained(str(part))
-        if not isinstance(model, PeftModel):
-            tokenizer.save_pretrained(part)
-        shutil.rmtree(target, ignore_errors=True)
-        part.rename(target)
-
-
-def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
-    """A Qwen3-architecture model with random weights."""
-    shape = recipe.model
-    set_seed(recipe.seed)
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=len(tokenizer),
-            hidden_size=shape.hidden_size,
-            num_hidden_layers=shape.layers,
-            intermediate_size=shape.intermediate_size,
-            num_attention_heads=shape.heads,
-            num_key_value_heads=shape.key_value_heads,
-            head_dim=shape.head_dim,
-            max_position_embeddings=shape.context,
-            rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=token_id(tokenizer, "<|im_end|>"),
-            pad_token_id=token_id(tokenizer, "<|endoftext|>"),
+    def _memory_advice(self, name: str) -> str:
+        stage = self.recipe.stage(name)
+        steps = []
+        if stage.batch_size > 1:
+            steps.append(
+                f"stages.{name}.batch_size={stage.batch_size // 2} "
+                f"stages.{name}.gradient_accumulation={stage.gradient_accumulation * 2} (same steps, less at a time)"
+            )
+        if not stage.activation_checkpointing:
+            steps.append(f"stages.{name}.activation_checkpointing=true (about a third slower)")
+        if isinstance(stage, DenseStage) and stage.method == "full":
+            steps.append(f"stages.{name}.optimizer=adamw_8bit, or stages.{name}.method=lora")
+        elif not stage.load_in_4bit:
+            steps.append(f"stages.{name}.load_in_4bit=true")
+        steps.append(f"stages.{name}.max_length={stage.max_length // 2} (truncates more: see `pediatricsgpt plan`)")
+        return (
+            f"{name.upper()} does not fit into memory. In this order, one at a time, with --accept-changes:\n  "
+            + "\n  ".join(steps)
         )
-    )
-    if shape.induction_heads:
-        write_induction_heads(model, recipe.seed)
-    return model
 
 
-def _load(folder: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-
-
-def _mue_config(recipe: Recipe) -> MueConfig:
-    stage = recipe.stages.mue
-    return MueConfig(r=stage.r, alpha=stage.alpha, num_specific=stage.num_specific, task_type="CAUSAL_LM")
+def _check_extras(recipe: Recipe) -> None:
+    """Packages that only some recipes need. Raises RecipeError."""
+    quantized = any(recipe.stage(name).load_in_4bit or "8bit" in recipe.stage(name).optimizer for name in STAGES)
+    wanted = {**dict.fromkeys(recipe.loggers, "loggers"), **({"bitsandbytes": "qlora"} if quantized else {})}
+    for package, extra in wanted.items():
+        if find_spec(package) is None:
+            raise RecipeError(
+                f"The recipe uses {package}, which is not installed. Add it with: pip install 'pediatricsgpt[{extra}]'."
+            )
 
 
 def _quieten_libraries() -> None:
@@ -260,11 +264,3 @@ def _quieten_libraries() -> None:
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-
-
-def _git_commit() -> str | None:
-    try:
-        result = subprocess.run(["git", "rev-parse", "HEAD"], cwd=PROJECT, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None  # an installed package, or no git on this machine
-    return result.stdout.strip()

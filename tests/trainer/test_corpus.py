@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from trainer import prompts
-from trainer.corpus.build import build_corpus, is_current, sha256
+from trainer.corpus.build import build_corpus, check_records, is_current, sha256, write_corpus
 from trainer.corpus.cards import load_cards
 from trainer.corpus.phrasing import phrasings
 from trainer.corpus.record import CorpusError, Record, read_records
 from trainer.evaluate.embedded import load_questions
-from trainer.recipe import PROJECT, Recipe, load_recipe
+from trainer.recipe import PROJECT, CorpusRecipe, Recipe, load_recipe
 
 HELD_OUT = "teething"
 
@@ -47,10 +49,11 @@ def test_same_recipe_same_bytes(recipe: Recipe, folder: Path, tmp_path: Path) ->
 def test_a_held_out_card_never_reaches_training(folder: Path) -> None:
     card = next(card for card in load_cards(PROJECT / "tui" / "library" / "cards") if card.id == HELD_OUT)
     own = {sentence for section in card.sections.values() for sentence in section.sentences}
-    for name in ("cpt", "sft", "preferences", "mue", "held_out_questions"):
+    for name in ("cpt", "sft", "preferences", "mue", "held_out_questions", "held_out_preferences"):
         text = (folder / f"{name}.jsonl").read_text(encoding="utf-8")
         assert not [sentence for sentence in own if sentence in text], name
-    assert {record.group for record in _records(folder, "held_out_cards")} == {HELD_OUT}
+    for name in ("held_out_cards", "held_out_texts"):
+        assert {record.group for record in _records(folder, name)} == {HELD_OUT}
 
 
 def test_held_out_phrasings_never_reach_training(folder: Path) -> None:
@@ -136,6 +139,70 @@ def test_preferred_answers_are_framed_humanely(folder: Path) -> None:
     for record in _records(folder, "preferences"):
         assert (record.chosen or ())[0].content.endswith(closings)
         assert not (record.rejected or ())[0].content.endswith(closings)
+
+
+def test_held_out_texts_and_pairs_are_as_many_as_asked_and_new(folder: Path, recipe: Recipe, tmp_path: Path) -> None:
+    without = recipe.corpus.model_copy(update={"held_out_cards": (), "texts": 2000, "preferences": 400})
+    build_corpus(recipe.model_copy(update={"corpus": without}), tmp_path / "all")
+    for corpus in (folder, tmp_path / "all"):
+        texts, pairs = _records(corpus, "held_out_texts"), _records(corpus, "held_out_preferences")
+        assert (len(texts), len(pairs)) == (8, 2)
+        assert {record.kind for record in texts} == {"text"}
+        assert {record.split for record in pairs} == {"held_out_questions"}
+        assert not {record.text for record in texts} & {record.text for record in _records(corpus, "cpt")}
+        prompts_seen = {record.prompt for record in _records(corpus, "preferences")}
+        assert not {record.prompt for record in pairs} & prompts_seen
+    assert {record.split for record in _records(folder, "held_out_texts")} == {"held_out_cards"}
+    assert {record.split for record in _records(tmp_path / "all", "held_out_texts")} == {"held_out_questions"}
+    # About cards that training sees, only questions that training never asks.
+    held_out = [core for section in phrasings()["sections"].values() for core in section["held_out"]]
+    pieces = {max(core.split("{d}"), key=len) for core in held_out}
+    asked = [(record.text or "").partition("\n答：")[0] for record in _records(tmp_path / "all", "held_out_texts")]
+    recognised = [question for question in asked if any(piece in question for piece in pieces)]
+    assert len(recognised) > len(asked) / 2, asked  # dialect and slips of the pen hide some
+
+
+def test_a_corpus_of_other_sources_is_written_whole_or_not_at_all(folder: Path, tmp_path: Path) -> None:
+    records = _records(folder, "cpt")[:3]
+    manifest = write_corpus(tmp_path / "own", {"cpt": iter(records), "mue": []}, {"name": "own", "seed": 5})
+    assert manifest["counts"] == {"cpt": 3, "mue": 0}
+    assert manifest["sha256"]["cpt.jsonl"] == sha256(tmp_path / "own" / "cpt.jsonl")
+    assert manifest["name"] == "own"
+    assert _records(tmp_path / "own", "cpt") == records
+
+    def broken() -> Iterator[Record]:
+        yield records[0]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_corpus(tmp_path / "own", {"cpt": broken()}, {})
+    assert _records(tmp_path / "own", "cpt") == records
+    assert [path.name for path in tmp_path.iterdir()] == ["own"]
+
+
+def test_a_finished_corpus_is_held_against_its_manifest(folder: Path, recipe: Recipe, tmp_path: Path) -> None:
+    copy = tmp_path / "finished"
+    shutil.copytree(folder, copy)
+    finished = recipe.model_copy(update={"corpus": CorpusRecipe(records=copy)})
+    assert is_current(copy, finished)
+    with pytest.raises(CorpusError, match="nothing to build"):
+        build_corpus(finished, tmp_path / "new")
+    data = (copy / "held_out_texts.jsonl").read_bytes()
+    (copy / "held_out_texts.jsonl").write_bytes(data[:-2] + b" \n")
+    with pytest.raises(CorpusError, match=r"held_out_texts\.jsonl is not the file that manifest\.json describes"):
+        is_current(copy, finished)
+    (copy / "held_out_texts.jsonl").write_bytes(data)
+    check_records(copy)
+    (copy / "mue.jsonl").unlink()
+    with pytest.raises(CorpusError, match=r"mue\.jsonl is missing"):
+        check_records(copy)
+    write_corpus(tmp_path / "half", {"cpt": [], "sft": [], "mue": []}, {})
+    with pytest.raises(CorpusError, match=r"preferences\.jsonl is missing"):
+        check_records(tmp_path / "half")
+    for content in ("{", "[]", '{"sha256": 1}', '{"sha256": ["cpt.jsonl"]}'):
+        (copy / "manifest.json").write_text(content, encoding="utf-8")
+        with pytest.raises(CorpusError, match="not a finished corpus"):
+            check_records(copy)
 
 
 def test_bad_input_is_named(recipe: Recipe, tmp_path: Path) -> None:

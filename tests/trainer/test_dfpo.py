@@ -11,8 +11,8 @@ import torch
 from trl.trainer.dpo_trainer import DPOTrainer
 
 from trainer.corpus.record import Message, Record, Source
+from trainer.origin import new_model
 from trainer.recipe import PROJECT, TokenizerRecipe, load_recipe
-from trainer.run import new_model
 from trainer.stages.dfpo import dfpo_trainer, sft_regulariser
 from trainer.tokenizer import train_tokenizer
 
@@ -26,9 +26,19 @@ def test_each_sample_counts_the_same() -> None:
     torch.testing.assert_close(log_probs.grad, torch.tensor([[-0.25, -0.25, 0, 0], [-0.125] * 4]))
 
 
-def test_one_step_of_the_real_trainer_has_the_papers_loss(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        [],
+        ["stages.dfpo.precompute_reference=false"],
+        ["stages.dfpo.method=lora"],
+        ["stages.dfpo.method=lora", "stages.dfpo.precompute_reference=false"],
+    ],
+    ids=["precomputed", "a second copy", "lora, precomputed", "lora switched off"],
+)
+def test_one_step_of_the_real_trainer_has_the_papers_loss(tmp_path: Path, changes: list[str]) -> None:
     """Before the first update policy and reference agree: the loss is log 2 plus μ times the regulariser."""
-    recipe = load_recipe(PROJECT / "tests" / "recipes" / "tiny.yaml")
+    recipe = load_recipe(PROJECT / "tests" / "recipes" / "tiny.yaml", ["loggers=[]", *changes])
     pairs = [_pair(1, "甲。\n", "乙。\n"), _pair(2, "甲乙丙丁甲乙丙丁。\n", "丙。\n")]
     texts = [m.content for pair in pairs for m in (*pair.prompt, *pair.chosen, *pair.rejected)]  # type: ignore[misc]
     tokenizer = train_tokenizer(texts, TokenizerRecipe(vocab_size=400), 128)
@@ -42,7 +52,7 @@ def test_one_step_of_the_real_trainer_has_the_papers_loss(tmp_path: Path) -> Non
         with torch.no_grad():
             log_probs = model.eval()(ids).logits[0, start - 1 : -1].log_softmax(-1)
         expected.append(-log_probs.gather(1, ids[0, start:, None]).mean().item())
-    trainer = dfpo_trainer(model, tokenizer, recipe, pairs, tmp_path)
+    trainer = dfpo_trainer(model, tokenizer, recipe, pairs, [], tmp_path)
     batch = next(iter(trainer.get_train_dataloader()))
     loss = trainer.compute_loss(trainer.model, batch)
     weight = recipe.stages.dfpo.sft_weight

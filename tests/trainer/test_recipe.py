@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from trainer.commands.recipes import main as recipes
 from trainer.recipe import PROJECT, RecipeError, load_recipe
 
 SHIPPED = sorted((PROJECT / "trainer" / "recipes").glob("*.yaml"))
@@ -49,5 +50,51 @@ def test_files_that_are_no_recipe(tmp_path: Path, content: bytes) -> None:
 
 
 def test_a_missing_recipe_says_where_the_shipped_ones_are(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="trainer/recipes"):
+    with pytest.raises(RecipeError, match="Shipped: .*demo"):
         load_recipe(tmp_path / "none.yaml")
+
+
+def test_a_stage_inherits_what_it_does_not_say_over_a_stage_that_cannot_have_it() -> None:
+    recipe = load_recipe(TINY, ["stages.cpt.packing=true", "stages.cpt.max_length=300", "stages.sft.max_length=200"])
+    assert recipe.stages.sft.packing
+    assert recipe.stages.mue.packing, "DFPO has no packing, and hands it on all the same"
+    assert (recipe.stages.dfpo.max_length, recipe.stages.mue.max_length) == (200, 200)
+    inherited, overridden = recipe.inheritance("sft")
+    assert inherited["packing"] is True
+    assert overridden["max_length"] == (300, 200)
+    assert recipe.inheritance("cpt") == ({}, {})
+    assert "copy_exercises" not in recipe.inheritance("sft")[0], "what only one stage has is not inherited"
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("stages.sft.max_lenght=3", "did you mean 'max_length'"),
+        ("stages.cpt.load_in_4bit=true", "set method to lora"),
+        ("stages.cpt.lora_targets=[q_proj, lm_head]", "may not name lm_head"),
+        ("stages.mue.patience=2", "set evaluate_every"),
+        ("base=models/x", "leave out model and tokenizer"),
+        ("corpus.records=x", "either `cards`"),
+        ("name.first=x", "name is a value"),
+        ("seed", "write KEY=VALUE"),
+        ("seed=[", "not YAML"),
+        ("loggers=[tensorbord]", "tensorboard"),
+    ],
+)
+def test_overrides_are_as_strict_as_the_file(override: str, says: str) -> None:
+    with pytest.raises(RecipeError, match=says):
+        load_recipe(TINY, [override])
+
+
+def test_numbers_without_a_point_are_numbers() -> None:
+    assert load_recipe(TINY, ["stages.sft.learning_rate=1e-5"]).stages.sft.learning_rate == 1e-5
+
+
+def test_a_shipped_recipe_is_found_by_its_name_and_copied_under_a_new_one(tmp_path: Path, capsys) -> None:
+    assert load_recipe(Path("qwen3-4b")).stages.sft.method == "lora"
+    copy = tmp_path / "My Clinic.yaml"
+    assert recipes(["copy", "qwen3-4b", str(copy)]) == 0
+    assert load_recipe(copy).name == "my-clinic"
+    assert load_recipe(copy).stages == load_recipe(Path("qwen3-4b")).stages
+    assert recipes(["copy", "qwen3-4b", str(copy)]) == 2
+    assert "is there already" in capsys.readouterr().err

@@ -6,18 +6,21 @@ import hashlib
 import json
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from trainer import prompts, tokenizer
 from trainer.corpus.cards import Card, load_cards
 from trainer.corpus.dialogues import DialogueBuilder, Turn
 from trainer.corpus.phrasing import Phrasing
 from trainer.corpus.record import CorpusError, Message, Record, Source, Split, Task, write_records
-from trainer.recipe import CorpusRecipe, Recipe
+from trainer.recipe import Recipe
 
+Progress = Callable[[str, int], None]
 MANIFEST = "manifest.json"
+STAGE_FILES = ("cpt.jsonl", "sft.jsonl", "preferences.jsonl", "mue.jsonl")
 _LICENCE = "Apache-2.0"
 # Share of each kind among the SFT dialogues; the rest are knowledge and treatment questions in equal parts.
 _REFUSALS, _SPECIAL, _DIAGNOSIS = 0.12, 0.03, 0.25
@@ -32,8 +35,8 @@ def sha256(path: Path) -> str:
 
 
 def corpus_key(recipe: Recipe) -> str:
-    """Digest of all that decides the corpus: its recipe, the seed, the cards, the phrasings, the prompts."""
-    digest = hashlib.sha256(recipe.corpus.model_dump_json(exclude={"cards"}).encode())
+    """Digest of all that decides a corpus made of cards: its recipe, seed, cards, phrasings and prompts."""
+    digest = hashlib.sha256(recipe.corpus.model_dump_json(exclude={"cards", "records"}).encode())
     digest.update(str(recipe.seed).encode())
     own = [
         *Path(__file__).parent.glob("*.py"),
@@ -42,7 +45,7 @@ def corpus_key(recipe: Recipe) -> str:
         Path(prompts.__file__),
         Path(tokenizer.__file__),
     ]
-    for path in [*sorted(recipe.corpus.cards.glob("*.md")), *sorted(own)]:
+    for path in [*sorted(_cards_folder(recipe).glob("*.md")), *sorted(own)]:
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 
@@ -54,7 +57,13 @@ def data_sha256(folder: Path) -> str:
 
 
 def is_current(folder: Path, recipe: Recipe) -> bool:
-    """Whether `folder` already holds the corpus of this recipe."""
+    """Whether `folder` already holds the corpus of this recipe.
+
+    A recipe with `records` builds nothing: its folder is checked with `check_records`, which raises CorpusError.
+    """
+    if recipe.corpus.records:
+        check_records(folder)
+        return True
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -62,13 +71,32 @@ def is_current(folder: Path, recipe: Recipe) -> bool:
     return manifest.get("key") == corpus_key(recipe)
 
 
-def build_corpus(recipe: Recipe, folder: Path, progress: Callable[[str, int], None] = lambda name, count: None) -> dict:
-    """Writes the corpus aside and renames it into place; returns its manifest.
+def check_records(folder: Path) -> None:
+    """Holds a finished corpus against its manifest; CorpusError names the first file that differs."""
+    try:
+        digests = dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise CorpusError(
+            f"{folder} is not a finished corpus: its {MANIFEST} is missing or unreadable. "
+            "Check corpus.records, or build the corpus again."
+        ) from None
+    for name in [*STAGE_FILES, *digests]:
+        if name not in digests or not (folder / name).is_file():
+            raise CorpusError(f"{folder / name} is missing. Build the corpus again or copy it again.")
+        if sha256(folder / name) != digests[name]:
+            raise CorpusError(
+                f"{folder / name} is not the file that {MANIFEST} describes (its sha256 differs): it was changed or "
+                "damaged. Build the corpus again or copy it again."
+            )
+
+
+def build_corpus(recipe: Recipe, folder: Path, progress: Progress = lambda name, count: None) -> dict:
+    """Builds the corpus of the recipe's cards; returns its manifest.
 
     Raises CorpusError for unreadable cards or a held-out card that does not exist.
     """
-    settings = recipe.corpus
-    cards = load_cards(settings.cards)
+    settings, seed = recipe.corpus, recipe.seed
+    cards = load_cards(_cards_folder(recipe))
     unknown = set(settings.held_out_cards) - {card.id for card in cards}
     if unknown:
         raise CorpusError(f"corpus.held_out_cards names cards that do not exist: {', '.join(sorted(unknown))}.")
@@ -76,80 +104,98 @@ def build_corpus(recipe: Recipe, folder: Path, progress: Callable[[str, int], No
     unseen = [card for card in cards if card.id in settings.held_out_cards]
     if len(seen) < 2:
         raise CorpusError("A corpus needs at least two cards that are not held out (one is the other's distractor).")
-    files = {
-        "cpt": _texts(seen, settings, recipe.seed),
+    count = settings.held_out
+    text_split: Split = "held_out_cards" if unseen else "held_out_questions"
+    files: dict[str, Iterable[Record]] = {
+        "cpt": _texts(seen, settings.texts, seed, "train"),
         "sft": chain(
-            _dialogues(seen, seen, settings.selections, recipe.seed + 6, "train", _HUMANE_SFT, headings_only=True),
-            _dialogues(seen, seen, settings.dialogues, recipe.seed + 1, "train", _HUMANE_SFT),
+            _dialogues(seen, seen, settings.selections, seed + 6, "train", _HUMANE_SFT, headings_only=True),
+            _dialogues(seen, seen, settings.dialogues, seed + 1, "train", _HUMANE_SFT),
         ),
-        "preferences": _preferences(seen, settings.preferences, recipe.seed + 2),
-        "mue": _dialogues(seen, seen, settings.task_dialogues, recipe.seed + 3, "train", _HUMANE_MUE),
-        "held_out_questions": _dialogues(
-            seen, seen, settings.held_out, recipe.seed + 4, "held_out_questions", _HUMANE_MUE
-        ),
+        "preferences": _preferences(seen, settings.preferences, seed + 2, "train"),
+        "mue": _dialogues(seen, seen, settings.task_dialogues, seed + 3, "train", _HUMANE_MUE),
+        "held_out_questions": _dialogues(seen, seen, count, seed + 4, "held_out_questions", _HUMANE_MUE),
+        "held_out_texts": _texts(unseen or seen, count, seed + 7, text_split),
+        "held_out_preferences": _preferences(seen, count // 4, seed + 8, "held_out_questions"),
     }
     if unseen:
-        files["held_out_cards"] = _dialogues(
-            unseen, cards, settings.held_out, recipe.seed + 5, "held_out_cards", _HUMANE_MUE
-        )
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
+        files["held_out_cards"] = _dialogues(unseen, cards, count, seed + 5, "held_out_cards", _HUMANE_MUE)
+    manifest = {
+        "name": recipe.name,
+        "key": corpus_key(recipe),
+        "seed": seed,
+        "recipe": settings.model_dump(mode="json", exclude={"cards", "records"}),
+        "held_out_cards": sorted(settings.held_out_cards),
+        "sources": {path.name: sha256(path) for path in sorted(_cards_folder(recipe).glob("*.md"))},
+    }
+    return write_corpus(folder, files, manifest, progress)
+
+
+def write_corpus(
+    folder: Path,
+    files: Mapping[str, Iterable[Record]],
+    manifest: Mapping[str, Any],
+    progress: Progress = lambda name, count: None,
+) -> dict:
+    """Writes NAME.jsonl for each of `files` aside and renames the folder into place, whatever its records come from.
+
+    Returns `manifest` (name, seed, sources …) with the `counts` and `sha256` of the files added, as it is written.
+    Raises CorpusError when `folder` holds something that is not a corpus.
+    """
     if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).exists():
         raise CorpusError(f"{folder} holds something that is not a corpus. Give another --output.")
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
-        manifest = _write(recipe, files, part, progress)
+        counts = {}
+        for name, records in files.items():
+            counts[name] = write_records(part / f"{name}.jsonl", records)
+            progress(name, counts[name])
+        digests = {f"{name}.jsonl": sha256(part / f"{name}.jsonl") for name in files}
+        complete = {**manifest, "counts": counts, "sha256": digests}
+        (part / MANIFEST).write_text(json.dumps(complete, ensure_ascii=False, indent=1), encoding="utf-8")
     except BaseException:  # Ctrl-C too: nothing half-written stays
         shutil.rmtree(part, ignore_errors=True)
         raise
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
-    return manifest
+    return complete
 
 
-def _write(
-    recipe: Recipe, files: dict[str, Iterator[Record]], part: Path, progress: Callable[[str, int], None]
-) -> dict:
-    """Writes the records and the manifest into `part`."""
-    settings = recipe.corpus
-    counts = {}
-    for name, records in files.items():
-        counts[name] = write_records(part / f"{name}.jsonl", records)
-        progress(name, counts[name])
-    manifest = {
-        "name": recipe.name,
-        "key": corpus_key(recipe),
-        "seed": recipe.seed,
-        "recipe": settings.model_dump(mode="json", exclude={"cards"}),
-        "held_out_cards": sorted(settings.held_out_cards),
-        "counts": counts,
-        "sha256": {f"{name}.jsonl": sha256(part / f"{name}.jsonl") for name in files},
-        "sources": {path.name: sha256(path) for path in sorted(settings.cards.glob("*.md"))},
-    }
-    (part / MANIFEST).write_text(json.dumps(manifest, ensure_ascii=False, indent=1), encoding="utf-8")
-    return manifest
+def _cards_folder(recipe: Recipe) -> Path:
+    if recipe.corpus.cards is None:
+        raise CorpusError(
+            f"This recipe uses the finished corpus {recipe.corpus.records}: there is nothing to build. "
+            "Set corpus.cards to a folder of cards to build one."
+        )
+    return recipe.corpus.cards
 
 
 def _source(card: Card) -> Source:
     return Source(name="PediatricsGPT cards", licence=_LICENCE, reference=f"{card.id}: {card.reference}")
 
 
-def _texts(cards: list[Card], settings: CorpusRecipe, seed: int) -> Iterator[Record]:
-    """CPT text: sections as prose, and instruction data rewritten as completion text (the paper's hybrid)."""
+def _texts(cards: list[Card], count: int, seed: int, split: Split) -> Iterator[Record]:
+    """CPT text: sections as prose, and instruction data rewritten as completion text (the paper's hybrid).
+
+    Held-out text about cards that training sees has questions only: as prose it would be a training text.
+    """
     rng = random.Random(seed)
-    phrasing = Phrasing(rng, "train")
-    for index in range(settings.texts):
+    held_out_questions = split == "held_out_questions"
+    phrasing = Phrasing(rng, "held_out" if held_out_questions else "train")
+    for index in range(count):
         card = rng.choice(cards)
         section = rng.choice(list(card.sections.values()))
         body = prompts.lines(section.sentences)
-        if rng.random() < 0.5:
+        if not held_out_questions and rng.random() < 0.5:
             text = f"{card.title}·{section.section}：\n{body}"
         else:
             asked = card.asked.get(section.section, ())
             text = f"问：{phrasing.named(section.section, rng.choice(card.names), asked)}\n答：{body}"
         yield Record(
-            id=f"cpt-{index}", kind="text", task="general", source=_source(card), age_group=card.ages,
-            split="train", group=card.id, text=text,
+            id=f"{'cpt' if split == 'train' else 'held-out-text'}-{index}", kind="text", task="general",
+            source=_source(card), age_group=card.ages, split=split, group=card.id, text=text,
         )  # fmt: skip
 
 
@@ -198,10 +244,10 @@ def _messages(task: str, turns: list[Turn], rng: random.Random, humane: float) -
     return messages
 
 
-def _preferences(cards: list[Card], count: int, seed: int) -> Iterator[Record]:
+def _preferences(cards: list[Card], count: int, seed: int, split: Split) -> Iterator[Record]:
     """DFPO pairs: the same passage, framed humanely and with a referral, preferred to the plain answer."""
     rng = random.Random(seed)
-    builder = DialogueBuilder(cards, cards, rng, "train")
+    builder = DialogueBuilder(cards, cards, rng, split)
     for index in range(count):
         task, card, turns = rng.choice([builder.knowledge, builder.treatment, builder.diagnosis])()
         turn = turns[0]
@@ -210,8 +256,8 @@ def _preferences(cards: list[Card], count: int, seed: int) -> Iterator[Record]:
             Message(role="user", content=prompts.user(turn.question, turn.passages)),
         )
         yield Record(
-            id=f"preference-{index}", kind="preference", task=task, source=_source(card), age_group=card.ages,
-            split="train", group=card.id, prompt=prompt,
+            id=f"{'preference' if split == 'train' else 'held-out-preference'}-{index}", kind="preference", task=task,
+            source=_source(card), age_group=card.ages, split=split, group=card.id, prompt=prompt,
             chosen=(Message(role="assistant", content=turn.answer(rng, humane=1.0)),),
             rejected=(Message(role="assistant", content=turn.answer(rng, humane=0.0)),),
         )  # fmt: skip

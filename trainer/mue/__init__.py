@@ -6,7 +6,7 @@ plain entries in PEFT's own tables are enough (contract test: tests/trainer/test
 
 from peft import mapping as _mapping
 
-from trainer.mue.config import MUE_TYPE, MueConfig
+from trainer.mue.config import MUE_TYPE, MueConfig, MueError
 from trainer.mue.layer import MueLinear
 from trainer.mue.model import MueModel
 
@@ -14,4 +14,4 @@ _mapping.PEFT_TYPE_TO_CONFIG_MAPPING[MUE_TYPE] = MueConfig  # type: ignore[index
 _mapping.PEFT_TYPE_TO_TUNER_MAPPING[MUE_TYPE] = MueModel  # type: ignore[index]
 _mapping.PEFT_TYPE_TO_PREFIX_MAPPING[MUE_TYPE] = MueModel.prefix  # type: ignore[index]
 
-__all__ = ["MUE_TYPE", "MueConfig", "MueLinear", "MueModel"]
+__all__ = ["MUE_TYPE", "MueConfig", "MueError", "MueLinear", "MueModel"]

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from peft import PeftConfig
 
 MUE_TYPE = "MUE"
+_FFN = ("gate_proj", "up_proj", "down_proj")
+
+
+class MueError(ValueError):
+    """Experts that cannot be made, placed or imported; the message names the cause and the remedy."""
 
 
 @dataclass
@@ -20,14 +25,16 @@ class MueConfig(PeftConfig):
         r: rank of each expert.
         alpha: scale; the output of all experts is multiplied by ``alpha / r``.
         num_specific: number N of routed experts beside the universal one.
-        target_modules: suffixes of the linear modules that get experts; by default the FFN
-            projections, where the paper's figure 2 draws them.
+        target_modules: suffixes of the linear modules that get experts (or a regular expression over whole
+            names, or "all-linear"); None means the FFN projections, where the paper's figure 2 draws them.
+
+    Raises MueError for a rank or a number of experts below 1.
     """
 
     r: int = 8
     alpha: float = 16.0
     num_specific: int = 3
-    target_modules: list[str] | str | None = field(default_factory=lambda: ["gate_proj", "up_proj", "down_proj"])
+    target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
@@ -39,7 +46,9 @@ class MueConfig(PeftConfig):
         # PEFT's enum of methods is closed; a plain string hashes like a member (see mue/__init__.py).
         self.peft_type = MUE_TYPE  # type: ignore[assignment]
         if self.r < 1 or self.num_specific < 1:
-            raise ValueError(f"MUE needs r ≥ 1 and num_specific ≥ 1, got r={self.r}, num_specific={self.num_specific}.")
+            raise MueError(f"MUE needs r ≥ 1 and num_specific ≥ 1, got r={self.r}, num_specific={self.num_specific}.")
+        if self.target_modules is None:
+            self.target_modules = list(_FFN)
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, list):

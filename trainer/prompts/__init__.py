@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 PROMPTS_FILE = Path(__file__).parent / "prompts.json"
 CHAT_TEMPLATE_FILE = Path(__file__).parent / "chat_template.jinja"
+BAICHUAN_TEMPLATE_FILE = Path(__file__).parent / "baichuan_template.jinja"
 
 
 class HasPassage(Protocol):
@@ -33,6 +34,11 @@ def prompts() -> dict[str, Any]:
 def chat_template() -> str:
     """The training chat template (with the `generation` tags that mark assistant tokens)."""
     return CHAT_TEMPLATE_FILE.read_text(encoding="utf-8").strip()
+
+
+def baichuan_template() -> str:
+    """The same for Baichuan's vocabulary, which has its own turn tokens."""
+    return BAICHUAN_TEMPLATE_FILE.read_text(encoding="utf-8").strip()
 
 
 def system(task: str) -> str:

@@ -1,9 +1,10 @@
-"""Stage 1, CPT: hybrid-instruction continuous pre-training (here from scratch), plain next-token loss."""
+"""Stage 1, CPT: hybrid-instruction continuous pre-training, plain next-token loss over all tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -12,9 +13,24 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from trainer.corpus.record import Record
 from trainer.recipe import Recipe
-from trainer.stages.common import training_arguments
+from trainer.stages.adapters import lora_config
+from trainer.stages.arguments import training_arguments
 from trainer.stages.copying import copy_exercises
+from trainer.stages.loop import StageLoop
 from trainer.tokenizer import token_id
+
+
+class TextTrainer(StageLoop, SFTTrainer):
+    """TRL's SFTTrainer with our loop: stages CPT, SFT and PSFT."""
+
+
+def text_rows(
+    records: Iterable[Record], tokenizer: PreTrainedTokenizerFast, max_length: int
+) -> list[dict[str, list[int]]]:
+    """Token ids of texts, each ended by eos; longer ones go on in the next row, so that no token is lost."""
+    texts: Any = tokenizer([f"{record.text}{tokenizer.eos_token}" for record in records])["input_ids"]
+    pieces = [ids[start : start + max_length] for ids in texts for start in range(0, len(ids), max_length)]
+    return [{"input_ids": ids, "labels": list(ids)} for ids in pieces]
 
 
 def cpt_trainer(
@@ -22,26 +38,30 @@ def cpt_trainer(
     tokenizer: PreTrainedTokenizerFast,
     recipe: Recipe,
     records: Sequence[Record],
+    held_out: Sequence[Record],
     checkpoints: Path,
-) -> SFTTrainer:
-    """The corpus' texts mixed with copy exercises (batches are drawn by length)."""
+) -> TextTrainer:
+    """The corpus' texts, for a new model mixed with copy exercises."""
     stage = recipe.stages.cpt
-    texts: list[list[int]] = tokenizer([f"{record.text}<|im_end|>" for record in records])["input_ids"]  # type: ignore[assignment]
-    special = set(tokenizer.all_special_ids)
-    exercises = copy_exercises(
-        stage.copy_exercises,
-        [token for ids in texts for token in ids if token not in special],
-        [token for token in range(len(tokenizer)) if token not in special],
-        recipe.seed,
-        start=token_id(tokenizer, "<|im_start|>"),
-        end=token_id(tokenizer, "<|endoftext|>"),
-        eos=token_id(tokenizer, "<|im_end|>"),
-    )
-    rows = exercises + [{"input_ids": ids, "labels": list(ids)} for ids in texts]
-    arguments = training_arguments(recipe, stage, checkpoints)
-    return SFTTrainer(
+    rows = text_rows(records, tokenizer, stage.max_length)
+    if stage.copy_exercises:
+        special = set(tokenizer.all_special_ids)
+        rows = copy_exercises(
+            stage.copy_exercises,
+            [token for row in rows for token in row["input_ids"] if token not in special],
+            [token for token in range(len(tokenizer)) if token not in special],
+            recipe.seed,
+            start=token_id(tokenizer, "<|im_start|>"),
+            end=token_id(tokenizer, "<|endoftext|>"),
+            eos=token_id(tokenizer, "<|im_end|>"),
+        ) + rows  # fmt: skip
+    trainer = TextTrainer(
         model=model,
-        args=SFTConfig(**arguments),
+        args=SFTConfig(**training_arguments(recipe, stage, checkpoints)),
         train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(text_rows(held_out, tokenizer, stage.max_length)) if held_out else None,
         processing_class=tokenizer,
+        peft_config=lora_config(stage),  # type: ignore[arg-type]
     )
+    trainer.configure(stage)
+    return trainer

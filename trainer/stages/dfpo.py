@@ -18,9 +18,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
-from trainer.corpus.record import Message, Record
+from trainer.corpus.record import Record
 from trainer.recipe import Recipe
-from trainer.stages.common import training_arguments
+from trainer.stages.adapters import lora_config
+from trainer.stages.arguments import training_arguments
+from trainer.stages.loop import StageLoop
 
 
 def sft_regulariser(log_probs: torch.Tensor, completion_mask: torch.Tensor) -> torch.Tensor:
@@ -32,7 +34,7 @@ def sft_regulariser(log_probs: torch.Tensor, completion_mask: torch.Tensor) -> t
     return (-(log_probs * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)).mean()
 
 
-class DfpoTrainer(DPOTrainer):
+class DfpoTrainer(StageLoop, DPOTrainer):
     """DPO plus `sft_weight` times `sft_regulariser` on the chosen answers."""
 
     def __init__(self, *args: Any, sft_weight: float, **kwargs: Any) -> None:
@@ -59,24 +61,36 @@ def dfpo_trainer(
     tokenizer: PreTrainedTokenizerFast,
     recipe: Recipe,
     records: Sequence[Record],
+    held_out: Sequence[Record],
     checkpoints: Path,
 ) -> DfpoTrainer:
-    """The reference policy is the model as SFT left it."""
+    """The reference policy is the model as SFT left it: its log-probabilities are computed once before the first
+    step; without `precompute_reference` a copy (or the model with its LoRA off) answers at every step."""
     stage = recipe.stages.dfpo
-    rows = [
-        {name: _plain(getattr(record, name) or ()) for name in ("prompt", "chosen", "rejected")} for record in records
-    ]
-    # Grouping by length looks for `input_ids`, which pairs do not have.
-    arguments = {**training_arguments(recipe, stage, checkpoints), "train_sampling_strategy": "random"}
-    return DfpoTrainer(
+    lora = lora_config(stage)
+    trainer = DfpoTrainer(
         model=model,
-        ref_model=copy.deepcopy(model),
-        args=DPOConfig(**arguments, beta=stage.beta, loss_type=["sigmoid"]),
-        train_dataset=Dataset.from_list(rows),
+        ref_model=None if lora or stage.precompute_reference else copy.deepcopy(model),
+        args=DPOConfig(
+            **training_arguments(recipe, stage, checkpoints),
+            beta=stage.beta,
+            loss_type=["sigmoid"],
+            precompute_ref_log_probs=stage.precompute_reference,
+        ),
+        train_dataset=_pairs(records),
+        eval_dataset=_pairs(held_out) if held_out else None,
         processing_class=tokenizer,
+        peft_config=lora,
         sft_weight=stage.sft_weight,
     )
+    trainer.configure(stage)
+    return trainer
 
 
-def _plain(messages: Sequence[Message]) -> list[dict[str, str]]:
-    return [message.model_dump() for message in messages]
+def _pairs(records: Sequence[Record]) -> Dataset:
+    return Dataset.from_list(
+        [
+            {name: [m.model_dump() for m in getattr(record, name) or ()] for name in ("prompt", "chosen", "rejected")}
+            for record in records
+        ]
+    )

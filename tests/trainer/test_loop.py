@@ -1,0 +1,188 @@
+"""What our loop adds to TRL's trainers, on the real trainers: the stop on bad numbers, whole checkpoints, packing."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shutil
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Trainer
+from trl.trainer.sft_trainer import SFTTrainer
+
+from trainer.corpus.record import Record, Source
+from trainer.origin import new_model
+from trainer.recipe import PROJECT, Recipe, TokenizerRecipe, load_recipe
+from trainer.stages.checkpoints import damaged_file
+from trainer.stages.cpt import TextTrainer, cpt_trainer, text_rows
+from trainer.stages.loop import DiskFull, StageError
+from trainer.stages.view import View
+from trainer.stages.watch import Watch
+from trainer.tokenizer import train_tokenizer
+
+TINY = PROJECT / "tests" / "recipes" / "tiny.yaml"
+TEXTS = [f"第{n}段：" + "发热咳嗽腹泻皮疹"[: n % 8 + 1] * (n % 5 + 1) for n in range(24)]
+
+
+def _record(number: int, text: str) -> Record:
+    source = Source(name="test", licence="Apache-2.0", reference="none")
+    return Record(
+        id=str(number),
+        kind="text",
+        task="general",
+        source=source,
+        age_group="",
+        split="train",
+        group="g",
+        text=text,
+    )
+
+
+RECORDS = [_record(number, text) for number, text in enumerate(TEXTS)]
+
+
+def _recipe(*changes: str) -> Recipe:
+    return load_recipe(TINY, ["loggers=[]", "stages.cpt.copy_exercises=0", "stages.cpt.batch_size=4", *changes])
+
+
+def _trainer(folder: Path, *changes: str) -> TextTrainer:
+    recipe = _recipe(*changes)
+    tokenizer = train_tokenizer(TEXTS, TokenizerRecipe(vocab_size=400), 128)
+    return cpt_trainer(new_model(recipe, tokenizer), tokenizer, recipe, RECORDS, [], folder / "checkpoints" / "cpt")
+
+
+def _poison(trainer: TextTrainer, step: int, where: str) -> None:
+    """From `step` on the model's output (or its gradient) is not a number."""
+
+    def hook(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor | None:
+        if trainer.state.global_step + 1 < step or not output.requires_grad:
+            return None
+        if where == "loss":
+            return output * float("nan")
+        output.register_hook(lambda gradient: gradient * float("inf"))
+        return None
+
+    trainer.model.model.embed_tokens.register_forward_hook(hook)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("where", "says"), [("loss", "the loss is nan"), ("gradient", "the gradient's norm is")])
+def test_a_number_that_is_none_stops_with_the_batch_and_the_last_good_checkpoint(
+    tmp_path: Path, where: str, says: str
+) -> None:
+    trainer = _trainer(tmp_path, "stages.cpt.save_every=2")
+    _poison(trainer, 4, where)
+    with pytest.raises(StageError, match=says) as stopped:
+        trainer.train()
+    message = str(stopped.value)
+    assert "step 4" in message
+    assert "checkpoint-2" in message
+    assert "learning_rate" in message
+    rows = message.split("rows ")[1].split(";")[0].split(", ")
+    written = json.loads((tmp_path / "checkpoints" / "cpt" / "batch-4.json").read_text(encoding="utf-8"))
+    texts = {text.replace("<|endoftext|>", "").replace("<|im_end|>", "") for text in written["texts"]}
+    assert texts == {TEXTS[int(row)] for row in rows}, "the rows named are the rows of the batch"
+
+
+def test_a_diverging_loss_stops(tmp_path: Path) -> None:
+    from rich.console import Console
+
+    watch = Watch("cpt", tmp_path / "metrics.jsonl", View(Console(quiet=True)))
+    watch.stop = StageError
+    for loss in [3.0, 2.0, 1.0, 0.9, 5.0, 0.8, 0.7]:
+        watch._check_divergence(loss)  # one bad step is forgiven
+    for loss in [4.0, 4.0]:
+        watch._check_divergence(loss)
+    with pytest.raises(StageError, match="diverges"):
+        watch._check_divergence(9.0)
+
+
+def test_a_full_disk_stops_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = _trainer(tmp_path, "stages.cpt.save_every=2")
+    usage = namedtuple("usage", "total used free")
+    real = shutil.disk_usage
+
+    def nearly_full(path: Path) -> Any:
+        return real(path) if trainer.state.global_step < 4 else usage(100, 100, 20_000)
+
+    monkeypatch.setattr(shutil, "disk_usage", nearly_full)
+    with pytest.raises(DiskFull, match=r"step 4.*checkpoint-2"):
+        trainer.train()
+    folder = tmp_path / "checkpoints" / "cpt"
+    assert [path.name for path in folder.iterdir()] == ["checkpoint-2"]
+    assert damaged_file(folder / "checkpoint-2") is None
+    assert not (tmp_path / "checkpoints" / "cpt.part").exists()
+
+
+def test_a_write_that_fails_midway_leaves_the_last_checkpoint_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = _trainer(tmp_path, "stages.cpt.save_every=2")
+    real = torch.save
+
+    def failing(value: Any, file: Any, *args: Any, **kwargs: Any) -> None:
+        if trainer.state.global_step == 4:
+            raise OSError(28, "No space left on device")
+        real(value, file, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", failing)
+    with pytest.raises(OSError, match="No space"):
+        trainer.train()
+    folder = tmp_path / "checkpoints" / "cpt"
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert damaged_file(folder / "checkpoint-2") is None
+
+
+def test_a_changed_learning_rate_is_used_when_a_stage_goes_on(tmp_path: Path) -> None:
+    first = _trainer(tmp_path, "stages.cpt.save_every=2", "stages.cpt.warmup_steps=0")
+    first.args.max_steps = 2
+    first.train()
+    second = _trainer(tmp_path, "stages.cpt.learning_rate=1e-5", "stages.cpt.warmup_steps=0")
+    second.train(resume_from_checkpoint=str(tmp_path / "checkpoints" / "cpt" / "checkpoint-2"))
+    rates = [
+        row["learning_rate"] for row in second.state.log_history if row.get("step", 0) > 3 and "learning_rate" in row
+    ]
+    assert rates
+    assert max(rates) <= 1e-5
+
+
+def test_long_texts_lose_no_token() -> None:
+    tokenizer = train_tokenizer(TEXTS, TokenizerRecipe(vocab_size=400), 128)
+    rows = text_rows(RECORDS, tokenizer, 7)
+    assert max(len(row["input_ids"]) for row in rows) == 7
+    whole = [token for text in TEXTS for token in tokenizer(f"{text}<|im_end|>")["input_ids"]]
+    assert [token for row in rows for token in row["input_ids"]] == whole
+
+
+def test_packs_hold_every_token_and_do_not_look_across_documents(tmp_path: Path) -> None:
+    """The loss of a packed batch is the loss of its documents one by one."""
+    trainer = _trainer(tmp_path, "stages.cpt.packing=true", "stages.cpt.max_length=64", "stages.cpt.batch_size=2")
+    tokenizer: Any = trainer.processing_class
+    packed = sorted(token for row in trainer.train_dataset["input_ids"] for token in row)
+    assert packed == sorted(token for text in TEXTS for token in tokenizer(f"{text}<|im_end|>")["input_ids"])
+    batch = next(iter(trainer.get_train_dataloader()))
+    starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
+    assert len(starts) > 4, "several documents share a pack"
+    model: Any = trainer.model.eval()  # type: ignore[union-attr]
+    with torch.no_grad():
+        together = trainer.compute_loss(model, batch)
+        total, count = 0.0, 0
+        ids = batch["input_ids"][0]
+        for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
+            document = ids[None, start:end]
+            output = model(input_ids=document, labels=document)
+            total += output.loss.item() * (end - start - 1)
+            count += end - start - 1
+    assert together.item() == pytest.approx(total / count, abs=1e-5)
+
+
+def test_the_private_places_of_transformers_and_trl_that_the_loop_overrides() -> None:
+    assert "run_dir = self._get_output_dir(trial=trial)" in inspect.getsource(Trainer._save_checkpoint)
+    assert list(inspect.signature(Trainer._save_checkpoint).parameters) == ["self", "model", "trial"]
+    assert list(inspect.signature(Trainer._clip_grad_norm).parameters) == ["self", "model"]
+    assert list(inspect.signature(Trainer._get_train_sampler).parameters) == ["self", "train_dataset"]
+    assert list(inspect.signature(Trainer._load_optimizer_and_scheduler).parameters) == ["self", "checkpoint"]
+    assert "self.create_model_card" in inspect.getsource(SFTTrainer._save_checkpoint)

@@ -1,0 +1,1 @@
+"""The commands of the trainer room, one module each."""

@@ -1,0 +1,166 @@
+"""What our stages add to TRL's trainers: order of rows, checkpoints that are whole or absent, a stop on bad numbers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from datasets import load_from_disk
+from transformers import Trainer
+
+from trainer.recipe import PackedStage, StageRecipe
+from trainer.stages.checkpoints import forget_old, last_sound, seal, step_of
+from trainer.stages.sampling import EpochSampler
+
+# For the type checker the mixin is a Trainer; at run time TRL's trainer stands behind it.
+_Base = Trainer if TYPE_CHECKING else object
+_ADAM_BYTES = 8  # two float32 moments per trained parameter
+
+
+class StageError(ValueError):
+    """A stage that cannot go on; the message names the cause, the batch and the remedy."""
+
+
+class DiskFull(StageError):
+    """There is no room for the next checkpoint."""
+
+
+class StageLoop(_Base):
+    """Put before TRL's trainer in the bases. `row_lengths` groups rows of like length; None shuffles them."""
+
+    row_lengths: list[int] | None = None
+    patience = 0
+    _aside = False
+
+    def configure(self, stage: StageRecipe) -> None:
+        """Takes the stage's patience; rows of like length share a batch, unless they are packs, which are all full."""
+        self.patience = stage.patience
+        rows: Any = self.train_dataset
+        if isinstance(stage, PackedStage) and stage.packing:
+            return
+        names = [
+            name for name in ("input_ids", "prompt_ids", "chosen_ids", "rejected_ids") if name in rows.column_names
+        ]
+        columns = [[len(ids) for ids in rows[name]] for name in names]
+        self.row_lengths = [sum(lengths) for lengths in zip(*columns, strict=True)]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        together = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return EpochSampler(len(rows), together, self.args.seed, self.row_lengths)
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        """The reference's log-probabilities of DFPO, worked out by all processes and written by the main one.
+
+        TRL puts the file beside the dataset's own. A dataset that lives in memory has none, so its file would lie in
+        a temporary folder that every process has for itself; in the stage's folder all find it, also after a resume.
+        """
+        folder = Path(str(self.args.output_dir)) / f"references-{name}"
+        if self.accelerator.is_main_process:
+            dataset.save_to_disk(folder)
+        self.accelerator.wait_for_everyone()
+        return super()._precompute_ref_logps(load_from_disk(folder), name, batch_size)  # type: ignore[misc]
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """TRL writes a card into every checkpoint; ours is written once, by quantize, with measured limits."""
+
+    def training_step(self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """One micro-batch. Raises StageError when its loss is not a number."""
+        self._batch = inputs
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss).all():
+            raise self.stop(f"the loss is {loss.item():.4g}")
+        return loss
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
+        norm: Any = super()._clip_grad_norm(model)
+        if norm is not None and not torch.isfinite(torch.as_tensor(norm)).all():
+            raise self.stop(f"the gradient's norm is {float(norm):.4g}")
+        return norm
+
+    def stop(self, what: str) -> StageError:
+        """The error that stops a stage; the micro-batch in hand is written beside the checkpoints as text."""
+        step = self.state.global_step + 1
+        folder = Path(str(self.args.output_dir))
+        tokenizer: Any = self.processing_class
+        tensors = {name: value for name, value in self._batch.items() if torch.is_tensor(value) and value.ndim == 2}
+        file = folder / f"batch-{step}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        texts = [tokenizer.decode(row) for row in tensors["input_ids"].tolist()]
+        file.write_text(json.dumps({"step": step, "texts": texts}, ensure_ascii=False, indent=1), encoding="utf-8")
+        last, _ = last_sound(folder)
+        return StageError(
+            f"{folder.name}: {what} at step {step} (rows {self._rows_of(step)}; their text is in {file}). "
+            + (f"The last good checkpoint is {last}. " if last else "There is no checkpoint yet. ")
+            + f"If the text is broken, clean the corpus and start another run; if it is sound, lower learning_rate "
+            f"({self.args.learning_rate:g}): `--accept-changes` continues this run with changed settings."
+        )
+
+    def _rows_of(self, step: int) -> str:
+        """Numbers of the dataset's rows in an optimiser step."""
+        sampler = self._get_train_sampler()
+        per_epoch = max(1, -(-len(sampler) // sampler.batch))
+        sampler.set_epoch((step - 1) // per_epoch)
+        start = (step - 1) % per_epoch * sampler.batch
+        return ", ".join(map(str, list(sampler)[start : start + sampler.batch]))
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return f"{folder}.part" if self._aside else folder
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Writes the checkpoint beside its folder, seals it and renames it: it is there whole or not at all."""
+        final = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        part = final.parent.with_name(f"{final.parent.name}.part")
+        self._check_room(final.parent)
+        self._aside = True
+        try:
+            super()._save_checkpoint(model, trial)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+        finally:
+            self._aside = False
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            best = self.state.best_global_step
+            # Inside super() the path of the best checkpoint was the temporary one.
+            self.state.best_model_checkpoint = str(final.with_name(f"checkpoint-{best}")) if best else None
+            self.state.save_to_json(str(part / final.name / "trainer_state.json"))
+            seal(part / final.name)
+            final.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(final, ignore_errors=True)
+            (part / final.name).rename(final)
+            shutil.rmtree(part, ignore_errors=True)
+            forget_old(final.parent, best)
+        self.accelerator.wait_for_everyone()
+
+    def _check_room(self, folder: Path) -> None:
+        """Stops while the last checkpoint is still whole. Raises DiskFull."""
+        parameters = list(self.model.parameters())  # type: ignore[union-attr]
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        weights = sum(p.numel() * p.element_size() for p in parameters)
+        adapter = any(not p.requires_grad for p in parameters) and trained < sum(p.numel() for p in parameters) / 2
+        needed = trained * _ADAM_BYTES + (trained * 4 if adapter else weights)
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+        if free < needed * 1.05:
+            last = max(folder.glob("checkpoint-*"), key=step_of, default=None)
+            raise DiskFull(
+                f"The disk of {folder} has {free / 1e9:.2f} GB left and the checkpoint of step "
+                f"{self.state.global_step} needs {needed / 1e9:.2f} GB, so nothing was written. Make room; the same "
+                f"command continues from {last.name if last else 'the start of the stage'}."
+            )
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        # The saved schedule knows the rate it was made with; a run continued with another one must use that.
+        scheduler, optimizer = cast(Any, self.lr_scheduler), cast(Any, self.optimizer)
+        if checkpoint is not None and hasattr(scheduler, "base_lrs"):
+            rate = self.args.learning_rate
+            scheduler.base_lrs = [rate for _ in scheduler.base_lrs]
+            for group in optimizer.param_groups:
+                group["initial_lr"] = rate
