@@ -235,18 +235,18 @@ def _cell(value: dict[str, float], signed: bool = False) -> str:
 
 def tables(result: dict[str, Any]) -> list[list[tuple[str, ...]]]:
     """Figures by stage; what each stage is for; MUE against LoRA. The first row of each names its columns."""
-    by_point = [("held-out figure", *POINTS)]
+    by_point: list[tuple[str, ...]] = [("held-out figure", *POINTS)]
     for figure in FIGURES:
         cells = [result["figures"][point].get(figure) for point in POINTS]
         by_point.append((figure, *(_cell(cell) if cell else "–" for cell in cells)))
-    stages = [("stage", "is for", "before", "after", "difference", "verdict")]
+    stages: list[tuple[str, ...]] = [("stage", "is for", "before", "after", "difference", "verdict")]
     for row in result["stages"]:
         cells = (_cell(row["before"]), _cell(row["after"]), _cell(row["difference"], signed=True))
         stages.append((row["stage"], row["figure"], *cells, row["verdict"]))
     found = [by_point, stages]
     if lora := result.get("mue_against_lora"):
         names = [f"LoRA, {factor} × rate" + (" (best)" if factor == lora["best"] else "") for factor in lora["rates"]]
-        against = [("held-out loss", "MUE", *names, "MUE − best LoRA", "verdict")]
+        against: list[tuple[str, ...]] = [("held-out loss", "MUE", *names, "MUE − best LoRA", "verdict")]
         for figure, value in lora["mue"].items():
             rates = [_cell(rate[figure]) for rate in lora["rates"].values()]
             difference = _cell(lora["difference"][figure], signed=True)

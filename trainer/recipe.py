@@ -44,7 +44,10 @@ class CorpusRecipe(_Strict):
     def _has_one_source(self) -> CorpusRecipe:
         if (self.cards is None) == (self.records is None):
             raise ValueError("give either `cards` (a folder of cards) or `records` (a finished corpus folder)")
-        built = self.model_fields_set - {"cards", "records"}
+        fields = type(self).model_fields
+        built = {
+            name for name in fields if name not in ("cards", "records") and getattr(self, name) != fields[name].default
+        }
         if self.records and built:
             raise ValueError(f"{', '.join(sorted(built))} count what is built from cards; `records` is already built")
         return self

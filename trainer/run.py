@@ -69,14 +69,13 @@ class Run:
         previous: Path | None = None
         with View(self.console) as view:
             for name in STAGES:
-                if not self.folder.done(name):
-                    try:
+                try:
+                    if not self.folder.done(name):
                         self._stage(name, previous, tokenizer, view)
-                    except (RuntimeError, OSError, SafetensorError) as error:
-                        raise self._explained(error, name) from error
+                    self._measure(name, tokenizer)
+                except (RuntimeError, OSError, SafetensorError) as error:
+                    raise self._explained(error, name) from error
                 previous = self.folder.stage(name)
-        if self.processes.is_main_process:
-            write_report(self.folder.path)
 
     def _open(self, accept_changes: bool) -> None:
         """Corpus, folder and tokenizer, made by the main process."""
@@ -137,7 +136,6 @@ class Run:
             self.folder.record["stages"][name] = {**result, "files": digests(self.folder.stage(name))}
             self.folder.write()
             shutil.rmtree(checkpoints, ignore_errors=True)
-        self._measure(name, tokenizer)
 
     def _print_inheritance(self, name: str) -> None:
         inherited, overridden = self.recipe.inheritance(name)
@@ -209,7 +207,8 @@ class Run:
             if when in STAGES:
                 self._observer(tokenizer).look(model, when, self.folder.record["stages"][when]["steps"])
             self.folder.write()
-            write_report(self.folder.path)
+            if when in STAGES:
+                write_report(self.folder.path)
         state.wait_for_everyone()
 
     def _observer(self, tokenizer: PreTrainedTokenizerFast) -> Observer:

@@ -150,8 +150,8 @@ def _notes(name: str, stage: StagePlan) -> list[str]:
         notes.append(f"{tokens.empty:.1%} of the packs' room stays free")
         if stage.mask > 2**30:
             notes.append(
-                f"a batch of packs is one long row: its attention masks take {_size(stage.mask)}. batch_size=1 with more "
-                "gradient_accumulation makes them smaller, attention=flash_attention_2 needs none"
+                f"a batch of packs is one long row: its attention masks take {_size(stage.mask)}. batch_size=1 with "
+                "more gradient_accumulation makes them smaller, attention=flash_attention_2 needs none"
             )
     return notes
 

@@ -66,6 +66,7 @@ def _train(arguments, argv: list[str]) -> int:  # noqa: ANN001  (argparse.Namesp
     try:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
         with console.status("loading the training libraries"):
+            from trainer.evaluate.likelihood import HeldOutError
             from trainer.run import Run, RunError
             from trainer.stages.loop import StageError
             from trainer.stages.watch import Interrupted
@@ -75,7 +76,7 @@ def _train(arguments, argv: list[str]) -> int:  # noqa: ANN001  (argparse.Namesp
         return fail(error)
     try:
         run.execute(arguments.accept_changes)
-    except (CorpusError, RecipeError, RunError, StageError, OSError) as error:
+    except (CorpusError, RecipeError, RunError, StageError, HeldOutError, OSError) as error:
         return fail(error)
     except (Interrupted, KeyboardInterrupt):
         command = shlex.join(["pediatricsgpt", "train", *argv])

@@ -10,7 +10,8 @@ import torch
 from transformers import EarlyStoppingCallback, PrinterCallback
 
 from trainer.planning.flops import flops_per_token, peak_flops
-from trainer.stages.checkpoints import last_sound, read_metrics
+from trainer.stages.checkpoints import last_sound, read_metrics, step_of
+from trainer.stages.loop import elements
 from trainer.stages.view import View
 from trainer.stages.watch import Interrupted, Watch
 
@@ -27,7 +28,7 @@ def fit(trainer: Any, name: str, metrics: Path, view: View, gpu: bool) -> dict[s
         if last:
             view.say(f"{name}: continuing from {last.name}")
     trainer.accelerator.wait_for_everyone()
-    last = max(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), default=None)
+    last = max(checkpoints.glob("checkpoint-*"), key=step_of, default=None)
     watch = _watch(trainer, name, metrics, view, gpu)
     try:
         result = trainer.train(resume_from_checkpoint=str(last) if last else None)
@@ -56,8 +57,8 @@ def _watch(trainer: Any, name: str, metrics: Path, view: View, gpu: bool) -> Wat
         torch.cuda.reset_peak_memory_stats()
         watch.peak_flops = peak_flops(torch.cuda.get_device_name())
     parameters = list(trainer.model.parameters())
-    trained = sum(p.numel() for p in parameters if p.requires_grad)
-    watch.flops_per_token = flops_per_token(trainer.model.config, trained, sum(p.numel() for p in parameters))
+    trained = sum(elements(p) for p in parameters if p.requires_grad)
+    watch.flops_per_token = flops_per_token(trainer.model.config, trained, sum(map(elements, parameters)))
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(watch)
     if trainer.patience:

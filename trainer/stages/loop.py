@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -26,6 +27,12 @@ class StageError(ValueError):
 
 class DiskFull(StageError):
     """There is no room for the next checkpoint."""
+
+
+def elements(parameter: torch.Tensor) -> int:
+    """Number of weights in a parameter, also of one packed in 4 bits or partitioned by ZeRO-3."""
+    packed = getattr(parameter, "quant_state", None)
+    return math.prod(packed.shape) if packed is not None else getattr(parameter, "ds_numel", parameter.numel())
 
 
 class StageLoop(_Base):
@@ -87,7 +94,8 @@ class StageLoop(_Base):
         folder = Path(str(self.args.output_dir))
         tokenizer: Any = self.processing_class
         tensors = {name: value for name, value in self._batch.items() if torch.is_tensor(value) and value.ndim == 2}
-        file = folder / f"batch-{step}.json"
+        rank = f"-of-process-{self.args.process_index}" if self.args.world_size > 1 else ""
+        file = folder / f"batch-{step}{rank}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         texts = [tokenizer.decode(row) for row in tensors["input_ids"].tolist()]
         file.write_text(json.dumps({"step": step, "texts": texts}, ensure_ascii=False, indent=1), encoding="utf-8")
@@ -125,10 +133,10 @@ class StageLoop(_Base):
         finally:
             self._aside = False
         self.accelerator.wait_for_everyone()
+        best = self.state.best_global_step
+        # Inside super() the path of the best checkpoint was the temporary one; every process loads it in the end.
+        self.state.best_model_checkpoint = str(final.with_name(f"checkpoint-{best}")) if best else None
         if self.args.should_save:
-            best = self.state.best_global_step
-            # Inside super() the path of the best checkpoint was the temporary one.
-            self.state.best_model_checkpoint = str(final.with_name(f"checkpoint-{best}")) if best else None
             self.state.save_to_json(str(part / final.name / "trainer_state.json"))
             seal(part / final.name)
             final.parent.mkdir(parents=True, exist_ok=True)
@@ -138,12 +146,26 @@ class StageLoop(_Base):
             forget_old(final.parent, best)
         self.accelerator.wait_for_everyone()
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """What a stage hands on is whole, also where FSDP keeps its checkpoints in shards (transformers writes nothing
+        then)."""
+        if self.is_fsdp_enabled and not _internal_call:
+            self._save(output_dir, self.accelerator.get_state_dict(self.model))
+        else:
+            super().save_model(output_dir, _internal_call)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        # Weights gathered from shards no longer show that they are tied; one of them is written, as without shards.
+        tied = getattr(self.model, "all_tied_weights_keys", {})
+        gathered = {name: value for name, value in state_dict.items() if name not in tied} if state_dict else state_dict
+        super()._save(output_dir, gathered)
+
     def _check_room(self, folder: Path) -> None:
         """Stops while the last checkpoint is still whole. Raises DiskFull."""
         parameters = list(self.model.parameters())  # type: ignore[union-attr]
-        trained = sum(p.numel() for p in parameters if p.requires_grad)
-        weights = sum(p.numel() * p.element_size() for p in parameters)
-        adapter = any(not p.requires_grad for p in parameters) and trained < sum(p.numel() for p in parameters) / 2
+        trained = sum(elements(p) for p in parameters if p.requires_grad)
+        weights = sum(elements(p) * p.element_size() for p in parameters)
+        adapter = trained < sum(map(elements, parameters)) / 2
         needed = trained * _ADAM_BYTES + (trained * 4 if adapter else weights)
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
