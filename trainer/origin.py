@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from trainer import prompts
-from trainer.bases.baichuan import freeze_head
+from trainer.bases.baichuan import freeze_head, is_baichuan, llama_config, llama_tokenizer
 from trainer.induction import write_induction_heads
 from trainer.recipe import DenseStage, Recipe, RecipeError, StageRecipe
 from trainer.tokenizer import train_tokenizer
@@ -44,7 +44,8 @@ def on_gpu(recipe: Recipe) -> bool:
 def model_config(recipe: Recipe, vocab_size: int | None = None) -> PreTrainedConfig:
     """The model's configuration; no weights are read. `vocab_size` replaces the recipe's (a trained vocabulary)."""
     if recipe.base:
-        return _pretrained(AutoConfig, recipe.base)
+        folder = Path(recipe.base)
+        return llama_config(folder) if is_baichuan(folder) else _pretrained(AutoConfig, recipe.base)
     shape, tokenizer = recipe.model, recipe.tokenizer
     assert shape is not None
     assert tokenizer is not None
@@ -71,6 +72,8 @@ def make_tokenizer(recipe: Recipe, texts: Iterable[str]) -> PreTrainedTokenizerF
     if recipe.tokenizer and recipe.model:
         return train_tokenizer(texts, recipe.tokenizer, recipe.model.context)
     assert recipe.base is not None
+    if is_baichuan(Path(recipe.base)):
+        return llama_tokenizer(Path(recipe.base))
     tokenizer: Any = _pretrained(AutoTokenizer, recipe.base)
     vocabulary = tokenizer.get_vocab()
     for token, template in _TEMPLATES.items():

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 
 from trainer.origin import model_config
 from trainer.planning.activations import mask_bytes
-from trainer.planning.advice import Advice, advise
+from trainer.planning.advice import Advice, advise, together
 from trainer.planning.disk import Disk, disk
 from trainer.planning.flops import flops_per_token, peak_flops
 from trainer.planning.memory import Memory, stage_memory, training_of
@@ -81,6 +81,7 @@ class Plan:
     disk: Disk
     disk_free: int
     advice: list[Advice]
+    overrides: list[str]  # all of the advice for the command line, if it makes every stage fit
 
     @property
     def disk_bytes(self) -> int:
@@ -132,6 +133,8 @@ def plan(
             progress(f"{name}: probing")
             stages[name] = _probed(recipe, name, config, stages[name], processes)
     base = [p for p in parameters[STAGES[0]] if not p.adapter]
+    advice = _advice(recipe, config, stages, device, processes)
+    last = {step.stage: step for step in advice if step.changes}
     return Plan(
         recipe=recipe.name,
         parameters=sum(p.count for p in base),
@@ -141,7 +144,8 @@ def plan(
         stages=stages,
         disk=disk(recipe, parameters),
         disk_free=shutil.disk_usage(Path.cwd()).free,
-        advice=_advice(recipe, config, stages, device, processes),
+        advice=advice,
+        overrides=together(recipe, advice) if all(step.fits for step in last.values()) else [],
     )
 
 

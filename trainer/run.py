@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import warnings
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,14 @@ from typing import Any
 import datasets
 import torch
 from accelerate import PartialState
+from accelerate.utils import release_memory
 from peft import PeftModel
 from rich.console import Console
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, set_seed
 from transformers import logging as transformers_logging
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.utils import strtobool
 
 import trainer.mue  # noqa: F401  (registers the adapter type with PEFT)
 from trainer.bases.baichuan import convert_baichuan, is_baichuan
@@ -35,6 +39,7 @@ from trainer.stages.observers import LookAtEvaluation, Observer
 from trainer.stages.template import check_template
 from trainer.stages.view import View
 
+_PATIENCE = timedelta(hours=2)  # the other processes wait while the main one builds a corpus or converts a base
 _SENTENCEPIECE = "tokenizer.model"  # its scores are what a GGUF file of such a vocabulary needs
 _NO_SPACE = "No space left"
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUDA error: out of memory")
@@ -45,10 +50,13 @@ class Run:
 
     def __init__(self, recipe: Recipe, folder: Path, corpus: Path, console: Console) -> None:
         _check_extras(recipe)
+        _check_launcher()
         self.recipe = recipe
         self.folder = RunFolder(folder)
         self.corpus = recipe.corpus.records or corpus
-        self.processes = PartialState(cpu=not on_gpu(recipe))
+        # Set by the launcher's file too, but one file decides how a model is trained: the recipe.
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if recipe.bf16 else "no"
+        self.processes = PartialState(cpu=not on_gpu(recipe), timeout=_PATIENCE)
         console.quiet = not self.processes.is_main_process
         self.console = console
 
@@ -129,9 +137,13 @@ class Run:
         trainer = stage_trainer(name, model, tokenizer, recipe, self.corpus, checkpoints)
         if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
             trainer.add_callback(LookAtEvaluation(self._observer(tokenizer), name))
+        # Weights must start alike on all processes; what they draw from here on, the routers' noise, must not be alike.
+        torch.manual_seed(recipe.seed + self.processes.process_index)
         result = fit(trainer, name, self.folder.metrics, view, on_gpu(recipe))
         self._hand_on(trainer, name, previous or recipe.base, tokenizer)
+        trainer.accelerator.free_memory()
         del trainer, model
+        release_memory()
         if self.processes.is_main_process:
             self.folder.record["stages"][name] = {**result, "files": digests(self.folder.stage(name))}
             self.folder.write()
@@ -155,6 +167,7 @@ class Run:
             shutil.rmtree(part, ignore_errors=True)
         self.processes.wait_for_everyone()
         trainer.save_model(str(part))  # every process: sharded weights are gathered
+        unset_hf_deepspeed_config()  # or transformers would shard what is loaded from here on for an engine that is gone
         if self.processes.is_main_process:
             stage = self.recipe.stage(name)
             if isinstance(stage, DenseStage) and stage.method == "lora":
@@ -255,6 +268,18 @@ def _check_extras(recipe: Recipe) -> None:
             raise RecipeError(
                 f"The recipe uses {package}, which is not installed. Add it with: pip install 'pediatricsgpt[{extra}]'."
             )
+
+
+def _check_launcher() -> None:
+    """What a launcher's configuration can set and a run cannot use. Raises RecipeError."""
+    sharded = strtobool(os.environ.get("ACCELERATE_USE_FSDP", "false"))
+    if sharded and strtobool(os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "false")):
+        # It repeats a layer with other random numbers, so the routers' noise would get gradients of another noise.
+        raise RecipeError(
+            "FSDP's own activation checkpointing does not keep the random state, which MUE's router noise needs. Set "
+            "fsdp_activation_checkpointing: false in the launcher's file, and activation_checkpointing=true for the "
+            "stages of the recipe that need it."
+        )
 
 
 def _quieten_libraries() -> None:

@@ -170,7 +170,7 @@ def test_several_adapters_live_side_by_side(tmp_path) -> None:
             if "mue_B.second" in name:
                 nn.init.normal_(parameter, std=0.1)
         second = model(tokens).logits
-        model.base_model.set_adapter(["default", "second"])
+        model.base_model.set_adapter(["default", "second"])  # type: ignore[operator]
         layer = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
         x, both = torch.randn(4, 16), 0.0
         assert isinstance(layer, MueLinear)
@@ -187,7 +187,8 @@ def test_several_adapters_live_side_by_side(tmp_path) -> None:
 
 
 def test_only_mue_parameters_train_and_have_one_dtype() -> None:
-    model = get_peft_model(_tiny_model().to(torch.bfloat16), MueConfig(r=R, num_specific=N, task_type="CAUSAL_LM"))
+    base = _tiny_model().bfloat16()
+    model = get_peft_model(base, MueConfig(r=R, num_specific=N, task_type="CAUSAL_LM"))
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert len(trained) == 2 * 3 * 4  # layers × gate/up/down × A, B, route, noise
     assert all("mue_" in name for name in trained)

@@ -7,11 +7,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes
 import pytest
 import torch
 import trl.kernels.chunked_logprob as chunked
 import trl.trainer.utils as trl_utils
+from bitsandbytes.functional import quantize_4bit
+from bitsandbytes.optim.adamw import AdamW8bit
+from bitsandbytes.optim.optimizer import GlobalOptimManager
 from peft import get_peft_model
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -124,7 +126,7 @@ def test_weights_have_the_bytes_of_the_real_model(kind: str) -> None:
 
 def test_four_bit_weights_have_the_bytes_bitsandbytes_gives_them() -> None:
     weight = torch.randn(384, 1024)
-    packed, state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    packed, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
     assert state.state2 is not None
     assert nf4_bytes(weight.numel()) == packed.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
     recipe = _recipe("lora", "stages.cpt.load_in_4bit=true", bf16=True)
@@ -157,8 +159,8 @@ def test_adamw_state_is_exact(dtype: torch.dtype) -> None:
 def test_8bit_state_is_exact_with_transformers_exception_for_embeddings() -> None:
     """`Trainer.create_optimizer` keeps float32 states for nn.Embedding; below 4096 values bitsandbytes does."""
     model = AutoModelForCausalLM.from_config(QWEN3)
-    optimizer: Any = bitsandbytes.optim.AdamW8bit(model.parameters())
-    manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
+    optimizer: Any = AdamW8bit(model.parameters())
+    manager = GlobalOptimManager.get_instance()
     manager.register_module_override(model.get_input_embeddings(), "weight", {"optim_bits": 32})
     try:
         optimizer.check_overrides()
@@ -268,7 +270,8 @@ def test_peak_of_a_real_step(
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     now = peak = 0
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
+    results: Any = profiler.profiler
+    events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
     for event in sorted(events, key=lambda event: event.start_ns()):
         now += event.nbytes()
         peak = max(peak, now)

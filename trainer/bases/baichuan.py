@@ -25,7 +25,7 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import GenerationConfig, LlamaConfig, PreTrainedModel
+from transformers import GenerationConfig, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from trainer import prompts
 from trainer.bases.baichuan_tokenizer import ROLE_TOKENS, convert_tokenizer
@@ -38,7 +38,7 @@ from trainer.bases.baichuan_weights import (
     write_tensors,
 )
 
-__all__ = ["BaichuanError", "convert_baichuan", "freeze_head", "is_baichuan"]
+__all__ = ["BaichuanError", "convert_baichuan", "freeze_head", "is_baichuan", "llama_config", "llama_tokenizer"]
 
 CHAT_TEMPLATE_FILE = prompts.CHAT_TEMPLATE_FILE.with_name("baichuan_template.jinja")
 FROZEN_HEAD = "pediatricsgpt_frozen_head"
@@ -68,6 +68,17 @@ def freeze_head(model: PreTrainedModel) -> bool:
     return True
 
 
+def llama_config(folder: Path) -> LlamaConfig:
+    """The configuration a converted checkpoint has. Raises BaichuanError for everything but a 7B."""
+    return _config(read_json(folder / "config.json"), folder)
+
+
+def llama_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer a converted checkpoint has. Raises BaichuanError."""
+    template = CHAT_TEMPLATE_FILE.read_text(encoding="utf-8").strip()
+    return convert_tokenizer(folder / "tokenizer.model", template, llama_config(folder).max_position_embeddings)
+
+
 def convert_baichuan(source: Path, target: Path, progress: Progress | None = None) -> None:
     """Writes the checkpoint folder `source` as a Llama checkpoint with tokenizer and chat template to `target`.
 
@@ -80,7 +91,7 @@ def convert_baichuan(source: Path, target: Path, progress: Progress | None = Non
     """
     if target.exists():
         raise BaichuanError(f"{target} exists already; remove it or choose another folder.")
-    config = _config(read_json(source / "config.json"), source)
+    config = llama_config(source)
     file = source / "generation_config.json"
     generation = read_json(file) if file.is_file() else {}
     tensors = open_tensors(source)
@@ -163,8 +174,7 @@ def _has_norm_head(source: dict[str, Any], file: Path) -> bool:
 
 def _write_tokenizer(source: Path, part: Path, config: LlamaConfig, generation: dict[str, Any]) -> None:
     file = source / "tokenizer.model"
-    template = CHAT_TEMPLATE_FILE.read_text(encoding="utf-8").strip()
-    tokenizer = convert_tokenizer(file, template, config.max_position_embeddings)
+    tokenizer = llama_tokenizer(source)
     if len(tokenizer) > config.vocab_size:
         raise BaichuanError(
             f"{file} has {len(tokenizer)} tokens, the model {config.vocab_size}; take both from one release."

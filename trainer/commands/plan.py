@@ -21,7 +21,7 @@ from trainer.recipe import RecipeError, load_recipe
 if TYPE_CHECKING:
     from trainer.plan import Plan, StagePlan
 
-_PARTS = {
+PARTS = {
     "weights": "weights",
     "gradients": "gradients",
     "optimizer": "optimiser",
@@ -95,7 +95,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
             strategy: {**memory.parts, "moment": memory.moment, "total": memory.total, "fits": plan.fits_in(memory)}
             for strategy, memory in stage.memory.items()
         }
-    data["advice"] = [{**asdict(step), "memory": step.memory.total} for step in plan.advice]
+    for step, fields in zip(plan.advice, data["advice"], strict=True):
+        fields |= {"overrides": step.overrides, "memory": step.memory.total}
     return data | {
         "non_embedding": plan.parameters - plan.embeddings,
         "disk_bytes": plan.disk_bytes,
@@ -160,33 +161,37 @@ def _memory(plan: Plan) -> Table:
     title = "memory of one GPU at the fullest moment of a step" if plan.device.gpu else "memory"
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     memories = [memory for stage in plan.stages.values() for memory in stage.memory.values()]
-    shown = [part for part in _PARTS if any(memory.parts[part] for memory in memories)]
+    shown = [part for part in PARTS if any(memory.parts[part] for memory in memories)]
     table.add_column("stage")
     table.add_column("strategy")
     for part in shown:
-        table.add_column(_PARTS[part], justify="right")
+        table.add_column(PARTS[part], justify="right")
     table.add_column("total", justify="right", style="bold")
     table.add_column("fits")
     for name, stage in plan.stages.items():
         for strategy, memory in stage.memory.items():
-            mark = "[green]✓[/]" if plan.fits_in(memory) else "[red]✗[/]"
-            table.add_row(name, strategy, *(_size(memory.parts[part]) for part in shown), _size(memory.total), mark)
+            parts = [_size(memory.parts[part]) for part in shown]
+            table.add_row(name, strategy, *parts, _size(memory.total), _mark(plan.fits_in(memory)))
     return table
 
 
 def _print_verdict(plan: Plan, console: Console) -> None:
     if plan.fitting:
-        console.print(f"[green]✓[/] every stage fits ({', '.join(plan.fitting)})", highlight=False)
+        console.print(f"{_mark(True)} every stage fits ({', '.join(plan.fitting)})", highlight=False)
     else:
-        console.print("[red]✗[/] it does not fit. In this order, each on top of the ones before it:", highlight=False)
+        console.print(f"{_mark(False)} it does not fit. In this order, each on top of the ones before it:")
     for step in plan.advice:
-        mark = "[green]✓[/]" if step.fits else "[red]✗[/]"
-        console.print(f"  {mark} {_size(step.memory.total):>9}  {step.change}", highlight=False, soft_wrap=True)
+        change = " ".join(step.overrides) or (
+            f"or {step.stage} on {step.processes} GPUs: accelerate launch with FSDP2, and the batch_size, "
+            "activation_checkpointing and optimizer above"
+        )
+        console.print(f"  {_mark(step.fits)} {_size(step.memory.total):>9}  {change}", highlight=False, soft_wrap=True)
+    if plan.overrides:
+        console.print(f"together: {' '.join(plan.overrides)}", style="bold", highlight=False, soft_wrap=True)
     room, free = plan.disk_bytes, plan.disk_free
-    mark = "[green]✓[/]" if room <= free else "[red]✗[/]"
     console.print(
-        f"{mark} disk: {_size(room)} for the run folder ({_size(plan.disk.checkpoints)} of it checkpoints while a "
-        f"stage runs), {_size(free)} are free here",
+        f"{_mark(room <= free)} disk: {_size(room)} for the run folder, {_size(plan.disk.checkpoints)} of it for "
+        f"checkpoints while a stage runs; {_size(free)} are free here",
         highlight=False,
         soft_wrap=True,
     )
@@ -211,6 +216,10 @@ def _time(plan: Plan) -> Table:
 
 def _duration(hours: float) -> str:
     return f"{hours:,.1f} h" if hours >= 1 else f"{60 * hours:.0f} min" if hours > 1 / 60 else f"{3600 * hours:.0f} s"
+
+
+def _mark(held: bool) -> str:
+    return "[green]✓[/]" if held else "[red]✗[/]"
 
 
 def _size(number: float) -> str:

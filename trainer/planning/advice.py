@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,21 +12,29 @@ from transformers import PreTrainedConfig
 from trainer.planning.memory import Memory, stage_memory
 from trainer.planning.shapes import stage_parameters
 from trainer.planning.tokens import StageTokens, largest_batch
-from trainer.recipe import DenseStage, Recipe
+from trainer.recipe import STAGES, DenseStage, Recipe
 
 _PROCESSES = (2, 4, 8)
 
 
 @dataclass(frozen=True)
 class Advice:
-    """Overrides of the recipe, on top of those before it for the same stage, and the memory a GPU then needs."""
+    """Changed keys of a stage, on top of those before it, and the memory a GPU then needs.
+
+    The last one for a stage can be another launch instead: no changed keys, but more processes.
+    """
 
     stage: str
-    change: str
+    changes: dict[str, Any]
     strategy: str
     processes: int
     memory: Memory
     fits: bool
+
+    @property
+    def overrides(self) -> list[str]:
+        """The changes as KEY=VALUE of the command line."""
+        return [_override(self.stage, key, value) for key, value in self.changes.items()]
 
 
 def advise(
@@ -57,18 +65,29 @@ def advise(
             least = need.total
             if "batch_size" in changes:  # the smallest batch tried stands for the larger ones
                 advice.clear()
-            text = " ".join(f"stages.{name}.{key}={str(value).lower()}" for key, value in changes.items())
-            advice.append(Advice(name, text, strategy, processes, need, need.fits(capacity)))
+            advice.append(Advice(name, changes, strategy, processes, need, need.fits(capacity)))
         if need.fits(capacity):
             break
     for count in (count for count in _PROCESSES if gpu and count > processes):
         need = memory(dense, "fsdp2", count)
         if need.fits(capacity):
-            text = f"accelerate launch --num_processes {count} with FSDP2"
-            if dense is not recipe:
-                text += ", and of the above batch_size, activation_checkpointing and optimizer"
-            return [*advice, Advice(name, text, "fsdp2", count, need, True)]
+            return [*advice, Advice(name, {}, "fsdp2", count, need, True)]
     return advice
+
+
+def together(recipe: Recipe, advice: Sequence[Advice]) -> list[str]:
+    """All advised overrides, and what keeps the other stages as they are: a changed key is inherited by the next."""
+    changes = {(step.stage, key): value for step in advice for key, value in step.changes.items()}
+    pinned = {}
+    for stage, key in changes:
+        heirs = [name for name in STAGES[STAGES.index(stage) + 1 :] if key in type(recipe.stage(name)).model_fields]
+        if heirs and getattr(recipe.stage(heirs[0]), key) == getattr(recipe.stage(stage), key):
+            pinned[heirs[0], key] = getattr(recipe.stage(heirs[0]), key)
+    return [_override(stage, key, value) for (stage, key), value in (pinned | changes).items()]
+
+
+def _override(stage: str, key: str, value: object) -> str:
+    return f"stages.{stage}.{key}={str(value).lower()}"
 
 
 def _changes(recipe: Recipe, name: str) -> Iterator[dict[str, Any]]:

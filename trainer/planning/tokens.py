@@ -100,10 +100,12 @@ def count_steps(stage: StageRecipe, units: int, processes: int) -> int:
 
 def largest_batch(stage: StageRecipe, tokens: StageTokens | None) -> Batch:
     """The micro-batch that asks for most memory; without a corpus one full of max_length."""
-    longest = tokens.longest if tokens else stage.max_length
+    longest, rows = stage.max_length, stage.batch_size
+    if tokens:
+        longest, rows = tokens.longest, min(rows, tokens.packs or tokens.rows)
     if isinstance(stage, PackedStage) and stage.packing:
-        return Batch(1, stage.batch_size * longest, masked=True)
-    rows = stage.batch_size * (2 if isinstance(stage, DfpoRecipe) else 1)
+        return Batch(1, rows * longest, masked=True)
+    rows *= 2 if isinstance(stage, DfpoRecipe) else 1
     return Batch(rows, longest, masked=rows > 1)
 
 
