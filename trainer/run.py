@@ -14,14 +14,13 @@ from typing import Any
 import datasets
 import torch
 from accelerate import PartialState
-from accelerate.utils import release_memory
+from accelerate.utils import parse_flag_from_env, release_memory
 from peft import PeftModel
 from rich.console import Console
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, set_seed
 from transformers import logging as transformers_logging
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from transformers.utils import strtobool
 
 import trainer.mue  # noqa: F401  (registers the adapter type with PEFT)
 from trainer.bases.baichuan import convert_baichuan, is_baichuan
@@ -167,7 +166,7 @@ class Run:
             shutil.rmtree(part, ignore_errors=True)
         self.processes.wait_for_everyone()
         trainer.save_model(str(part))  # every process: sharded weights are gathered
-        unset_hf_deepspeed_config()  # or transformers would shard what is loaded from here on for an engine that is gone
+        unset_hf_deepspeed_config()  # or what is loaded from here on would be sharded for an engine that has ended
         if self.processes.is_main_process:
             stage = self.recipe.stage(name)
             if isinstance(stage, DenseStage) and stage.method == "lora":
@@ -272,8 +271,7 @@ def _check_extras(recipe: Recipe) -> None:
 
 def _check_launcher() -> None:
     """What a launcher's configuration can set and a run cannot use. Raises RecipeError."""
-    sharded = strtobool(os.environ.get("ACCELERATE_USE_FSDP", "false"))
-    if sharded and strtobool(os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "false")):
+    if parse_flag_from_env("ACCELERATE_USE_FSDP") and parse_flag_from_env("FSDP_ACTIVATION_CHECKPOINTING"):
         # It repeats a layer with other random numbers, so the routers' noise would get gradients of another noise.
         raise RecipeError(
             "FSDP's own activation checkpointing does not keep the random state, which MUE's router noise needs. Set "

@@ -25,7 +25,7 @@ PARTS = {
     "weights": "weights",
     "gradients": "gradients",
     "optimizer": "optimiser",
-    "copies": "bf16 copies",
+    "copies": "bf16",
     "activations": "activations",
     "loss": "loss",
     "gathered": "gathered",
@@ -158,9 +158,11 @@ def _notes(name: str, stage: StagePlan) -> list[str]:
 
 
 def _memory(plan: Plan) -> Table:
-    title = "memory of one GPU at the fullest moment of a step" if plan.device.gpu else "memory"
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     memories = [memory for stage in plan.stages.values() for memory in stage.memory.values()]
+    unit = "GiB" if max(memory.total for memory in memories) >= 4 * 2**30 else "MiB"
+    where = "one GPU" if plan.device.gpu else "one process"
+    title = f"memory of {where} at the fullest moment of a step, in {unit}"
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     shown = [part for part in PARTS if any(memory.parts[part] for memory in memories)]
     table.add_column("stage")
     table.add_column("strategy")
@@ -170,8 +172,9 @@ def _memory(plan: Plan) -> Table:
     table.add_column("fits")
     for name, stage in plan.stages.items():
         for strategy, memory in stage.memory.items():
-            parts = [_size(memory.parts[part]) for part in shown]
-            table.add_row(name, strategy, *parts, _size(memory.total), _mark(plan.fits_in(memory)))
+            figures = [memory.parts[part] for part in shown] + [memory.total]
+            written = [f"{x / 2**30:.1f}" if unit == "GiB" else f"{x / 2**20:.0f}" for x in figures]
+            table.add_row(name, strategy, *written, _mark(plan.fits_in(memory)))
     return table
 
 

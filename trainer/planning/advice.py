@@ -83,7 +83,8 @@ def together(recipe: Recipe, advice: Sequence[Advice]) -> list[str]:
         heirs = [name for name in STAGES[STAGES.index(stage) + 1 :] if key in type(recipe.stage(name)).model_fields]
         if heirs and getattr(recipe.stage(heirs[0]), key) == getattr(recipe.stage(stage), key):
             pinned[heirs[0], key] = getattr(recipe.stage(heirs[0]), key)
-    return [_override(stage, key, value) for (stage, key), value in (pinned | changes).items()]
+    every = sorted((pinned | changes).items(), key=lambda item: STAGES.index(item[0][0]))
+    return [_override(stage, key, value) for (stage, key), value in every]
 
 
 def _override(stage: str, key: str, value: object) -> str:
