@@ -9,24 +9,38 @@ import random
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from rich.console import Console
 
 from trainer import prompts
 from trainer.corpus.build import data_sha256
 from trainer.corpus.record import read_records
 from trainer.recipe import PROJECT, STAGES, Recipe
+from trainer.stages.checkpoints import flush, forget_after
 
 FOLDERS = {stage: f"{number}-{stage}" for number, stage in enumerate(STAGES, 1)}
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "tokenizers")
 _CALIBRATION_DIALOGUES = 64
 # Settings that change nothing in what was trained so far; stages that are not done may change as a whole.
 _FREE = {"loggers", "device", "attention"}
+# Settings of a stage that has begun that leave its place among the rows, its weights and its optimiser as they are.
+_KEEPS_PLACE = {
+    "learning_rate",
+    "warmup_steps",
+    "activation_checkpointing",
+    "log_every",
+    "save_every",
+    "evaluate_every",
+    "patience",
+    "keep",
+}
 
 
 class RunError(ValueError):
@@ -48,6 +62,11 @@ class RunFolder:
     def tokenizer(self) -> Path:
         return self.path / "tokenizer"
 
+    @property
+    def base(self) -> Path:
+        """A converted base, for recipes that need one."""
+        return self.path / "0-base"
+
     def stage(self, name: str) -> Path:
         """What a stage hands on."""
         return self.path / FOLDERS[name]
@@ -59,6 +78,35 @@ class RunFolder:
     def done(self, name: str) -> bool:
         """Whether a stage has ended."""
         return name in self.record["stages"]
+
+    @contextmanager
+    def lock(self, main: bool) -> Iterator[None]:
+        """Keeps a second `train` out of the folder. Raises RunError when one is at work, or nothing can be written."""
+        if not main:
+            yield
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.path / ".lock", timeout=0)
+            lock.acquire()
+        except Timeout:
+            raise RunError(
+                f"Another `pediatricsgpt train` is at work in {self.path}. Wait for it or stop it."
+            ) from None
+        except OSError as error:
+            raise RunError(f"{self.path} cannot be written ({error.strerror}). Give another --output.") from None
+        with lock:
+            yield
+
+    def check_stage(self, name: str) -> None:
+        """Raises RunError when a finished stage's files are not as it left them."""
+        for file, digest in self.record["stages"][name]["files"].items():
+            path = self.stage(name) / file
+            if not path.is_file() or _sha256(path) != digest:
+                raise RunError(
+                    f"{path} is not as its stage left it, so nothing can start from it. Put it back from a copy, or "
+                    "train again with another --output."
+                )
 
     def read(self) -> bool:
         """Reads run.json; False when there is none yet. Raises RunError when it cannot be read."""
@@ -77,6 +125,7 @@ class RunFolder:
         """Writes run.json aside and renames it."""
         part = self.path / "run.json.part"
         part.write_text(json.dumps(self.record, ensure_ascii=False, indent=1), encoding="utf-8")
+        flush(part)
         part.replace(self.path / "run.json")
 
     def check_corpus(self, corpus: Path) -> None:
@@ -105,18 +154,23 @@ class RunFolder:
                 remedy = f"--accept-changes continues it with the new settings; else {remedy[0].lower()}{remedy[1:]}"
             raise RunError(f"{self.path} was made with another recipe ({listed}). {remedy}")
         console.print(f"Accepted: {listed}", soft_wrap=True)
+        for stage in sorted({key.split(".")[1] for key in changes if _restarts(key)}):
+            if self.checkpoints(stage).exists():
+                console.print(f"{stage} starts again: its checkpoints do not fit the new settings")
+                shutil.rmtree(self.checkpoints(stage))
+                forget_after(self.metrics, stage, -1)
         self.record.setdefault("changes", []).append({"when": _now(), **{k: list(v) for k, v in changes.items()}})
         self.record["recipe"] = now
         self.write()
 
     def create(self, recipe: Recipe, corpus: Path, processes: int) -> None:
-        """Makes the folder of a new run."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        """Describes a new run in its folder."""
         self.record = {
             "name": recipe.name,
             "created": _now(),
             "recipe": described(recipe),
             "corpus_sha256": data_sha256(corpus),
+            "base_sha256": digests(Path(recipe.base)) if recipe.base and Path(recipe.base).is_dir() else None,
             "seed": recipe.seed,
             "versions": {package: version(package) for package in _PACKAGES},
             "git_commit": _git_commit(),
@@ -151,11 +205,18 @@ def described(recipe: Recipe) -> dict[str, Any]:
 
 def digests(folder: Path) -> dict[str, str]:
     """sha256 of a folder's files by name."""
-    found = {}
-    for path in sorted(folder.iterdir()):
-        with path.open("rb") as file:
-            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+    return {path.name: _sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _restarts(key: str) -> bool:
+    """Whether a stage that has begun must begin again: its rows, weights or optimiser would be others."""
+    top, *rest = key.split(".")
+    return top == "stages" and rest[1] not in _KEEPS_PLACE
 
 
 def _may_change(key: str, done: set[str]) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -92,10 +93,11 @@ def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> PreTrainedM
     """A Qwen3-architecture model with random weights."""
     set_seed(recipe.seed)
     model = Qwen3ForCausalLM(model_config(recipe, len(tokenizer)))  # type: ignore[arg-type]
-    _set_ends(model, tokenizer)
+    set_ends(model, tokenizer)
     if recipe.model and recipe.model.induction_heads:
         write_induction_heads(model, recipe.seed)
-    return model
+    model.set_attn_implementation(recipe.attention)
+    return model.to(getattr(torch, recipe.dtype))
 
 
 def start_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, stage: StageRecipe | None = None) -> Any:
@@ -138,13 +140,18 @@ def load_model(
             f"The tokenizer has {len(tokenizer)} tokens, but the model {folder} only {rows} embeddings: they do not "
             "belong together. Take the tokenizer files of this very checkpoint."
         )
-    _set_ends(model, tokenizer)
+    set_ends(model, tokenizer)
     if trained:
         freeze_head(model)
     return model
 
 
-def _set_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer a run has written into its folder. Raises RecipeError when it cannot be read."""
+    return _pretrained(AutoTokenizer, folder)
+
+
+def set_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     """The turn's end ends a generation: base models name another token."""
     for config in (model.config, model.generation_config):
         if config is not None:
@@ -156,9 +163,9 @@ def _pretrained(kind: Any, source: Path | str, **options: Any) -> Any:
     """`from_pretrained` of local files only. Raises RecipeError with the remedy when there are none."""
     try:
         return kind.from_pretrained(source, local_files_only=True, **options)
-    except OSError as error:
-        reason = str(error).splitlines()[0]
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise RecipeError(
-            f"The base {str(source)!r} cannot be loaded ({reason}). Give a folder with config.json, the weights and "
-            "the tokenizer; `hf download NAME --local-dir FOLDER` fetches one."
+            f"{str(source)!r} cannot be loaded ({reason}). A base is a folder with config.json, the weights and the "
+            "tokenizer, all whole; `hf download NAME --local-dir FOLDER` fetches one."
         ) from None

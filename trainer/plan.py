@@ -133,8 +133,8 @@ def plan(
             progress(f"{name}: probing")
             stages[name] = _probed(recipe, name, config, stages[name], processes)
     base = [p for p in parameters[STAGES[0]] if not p.adapter]
-    advice = _advice(recipe, config, stages, device, processes)
-    last = {step.stage: step for step in advice if step.changes}
+    unfit, advice = _advice(recipe, config, stages, device, processes)
+    solved = {step.stage for step in advice if step.changes and step.fits}
     return Plan(
         recipe=recipe.name,
         parameters=sum(p.count for p in base),
@@ -145,7 +145,7 @@ def plan(
         disk=disk(recipe, parameters),
         disk_free=shutil.disk_usage(Path.cwd()).free,
         advice=advice,
-        overrides=together(recipe, advice) if all(step.fits for step in last.values()) else [],
+        overrides=together(recipe, advice) if solved.issuperset(unfit) else [],
     )
 
 
@@ -196,18 +196,19 @@ def _strategies(device: Device, processes: int) -> tuple[str, ...]:
 
 def _advice(
     recipe: Recipe, config: PreTrainedConfig, stages: Mapping[str, StagePlan], device: Device, processes: int
-) -> list[Advice]:
-    """For the strategy in which most stages fit, advice for those that do not."""
+) -> tuple[list[str], list[Advice]]:
+    """The stages that do not fit under the strategy in which most do, and advice for them."""
     unfit = {
         strategy: [name for name, stage in stages.items() if not stage.memory[strategy].fits(device.bytes)]
         for strategy in _strategies(device, processes)
     }
     strategy = min(unfit, key=lambda strategy: len(unfit[strategy]))
-    return [
+    advice = [
         step
         for name in unfit[strategy]
         for step in advise(recipe, name, config, stages[name].tokens, strategy, processes, device.bytes, device.gpu)
     ]
+    return unfit[strategy], advice
 
 
 def _probed(recipe: Recipe, name: str, config: PreTrainedConfig, plan: StagePlan, processes: int) -> StagePlan:

@@ -21,9 +21,10 @@ from trainer.corpus.build import STAGE_FILES
 from trainer.corpus.record import Record, write_records
 from trainer.origin import model_config
 from trainer.planning.prepare import load_tokenizer
-from trainer.recipe import STAGES, CptRecipe, DfpoRecipe, PackedStage, Recipe
+from trainer.recipe import STAGES, CptRecipe, DfpoRecipe, PackedStage, Recipe, RecipeError
 from trainer.stages.build import stage_records, stage_trainer
 from trainer.stages.copying import IGNORED
+from trainer.stages.loop import StageError
 from trainer.stages.template import check_template
 
 _SMALL = {
@@ -77,7 +78,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Preview:
-    """Rows in the order of the first epoch; of `left_out` records nothing is scored within max_length."""
+    """Rows in the order of the first epoch; `left_out` records have nothing to score within max_length."""
 
     stage: str
     max_length: int
@@ -90,7 +91,7 @@ class Preview:
 def preview(recipe: Recipe, corpus: Path, name: str, count: int = 3, seed: int | None = None) -> Preview:
     """Rows of the stage `name` from the first `count` records of the corpus, or with a `seed` from random ones.
 
-    Raises RecipeError and CorpusError.
+    Raises RecipeError, also when none of them has anything to score within max_length, and CorpusError.
     """
     tokenizer = load_tokenizer(recipe, corpus)
     check_template(tokenizer)
@@ -100,16 +101,21 @@ def preview(recipe: Recipe, corpus: Path, name: str, count: int = 3, seed: int |
     recipe = _bare(recipe, name, count)
     stage = recipe.stage(name)
     packed = isinstance(stage, PackedStage) and stage.packing
-    trainer = _trainer(recipe, name, chosen, tokenizer, config)
+    try:
+        trainer = _trainer(recipe, name, chosen, tokenizer, config)
+    except StageError:
+        raise RecipeError(
+            f"stages.{name}: none of these {len(chosen)} records leaves anything to score within max_length "
+            f"({stage.max_length}). Raise stages.{name}.max_length, or look at other records with --seed."
+        ) from None
     free = {"max_length": _UNLIMITED} | ({"packing": False} if packed else {})
     whole = _sequences(_trainer(_with(recipe, name, free), name, chosen, tokenizer, config).train_dataset)
     reader = _Reader(tokenizer, whole, isinstance(stage, CptRecipe))
     rows = []
-    if len(trainer.train_dataset):
-        for number, batch in enumerate(trainer.get_train_dataloader(), 1):
-            rows += reader.pairs(number, batch) if isinstance(stage, DfpoRecipe) else reader.rows(number, batch)
-    dropping = not packed and not isinstance(stage, CptRecipe)
-    left_out = len(chosen) - len(trainer.train_dataset) if dropping else 0
+    for number, batch in enumerate(trainer.get_train_dataloader(), 1):
+        rows += reader.pairs(number, batch) if isinstance(stage, DfpoRecipe) else reader.rows(number, batch)
+    shown = len(rows) if isinstance(stage, DfpoRecipe) else sum(len(row.documents) for row in rows)
+    left_out = 0 if isinstance(stage, CptRecipe) else len(chosen) - shown
     return Preview(name, stage.max_length, packed, len(chosen), left_out, rows)
 
 
@@ -144,7 +150,7 @@ def _trainer(
     with TemporaryDirectory() as folder:
         write_records(Path(folder) / STAGE_FILES[STAGES.index(name)], records)
         model = AutoModelForCausalLM.from_config(config)
-        return stage_trainer(name, model, tokenizer, recipe, Path(folder), Path(folder) / "checkpoints")
+        return stage_trainer(name, model, tokenizer, recipe, Path(folder), Path(folder) / name)
 
 
 def _sequences(rows: Any) -> list[list[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
@@ -16,6 +17,7 @@ SHIPPED = Path(__file__).resolve().parent / "recipes"
 STAGES = ("cpt", "sft", "dfpo", "mue")
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
+_EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 _ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -90,11 +92,11 @@ class StageRecipe(_Strict):
 
     batch_size: Positive  # sequences (or packs) per device and micro-batch
     gradient_accumulation: Positive = 1
-    learning_rate: Annotated[float, Field(gt=0)]
+    learning_rate: Annotated[float, Field(gt=0, lt=1)]
     epochs: Annotated[float, Field(gt=0)] = 1.0
     max_steps: Count = 0  # 0: as many as the epochs have
     warmup_steps: Annotated[float, Field(ge=0)] = 20  # below 1: a share of all steps
-    max_length: Positive = 1024
+    max_length: Annotated[int, Field(ge=16)] = 1024
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
     activation_checkpointing: bool = False
     load_in_4bit: bool = False
@@ -134,7 +136,7 @@ class DenseStage(StageRecipe):
     def _can_train(self) -> DenseStage:
         if self.load_in_4bit and self.method == "full":
             raise ValueError("4-bit weights cannot be trained: set method to lora (QLoRA) or load_in_4bit to false")
-        if {"lm_head", "embed_tokens"} & set(self.lora_targets):
+        if {"lm_head", "embed_tokens"} & {target.rpartition(".")[2] for target in self.lora_targets}:
             raise ValueError(
                 "lora_targets may not name lm_head or embed_tokens: the loss reads the output layer directly, "
                 "so an adapter on it would never train. Leave it out or set method to full"
@@ -257,7 +259,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises RecipeError, with the nearest valid key for an unknown one.
     """
     shipped = shipped_recipes()
-    if not path.exists() and str(path) in shipped:
+    if not path.is_file() and str(path) in shipped:
         path = shipped[str(path)]
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -301,10 +303,7 @@ def _override(data: dict[str, Any], override: str) -> None:
 
 def _number(value: Any) -> Any:
     """YAML 1.1 reads 1e-5 (without a point) as text."""
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
+    return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
 
 
 def _resolve(path: Path) -> Path:

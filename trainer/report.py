@@ -17,6 +17,9 @@ _DISCLAIMER = """> A demonstration of a training method, not a medical device. T
 """
 
 
+REPORT = "report.md"
+
+
 class ReportError(ValueError):
     """A folder that is no run; the message names the cause and the remedy."""
 
@@ -51,7 +54,7 @@ def write_report(folder: Path) -> Path:
         _section("Samples", _samples(folder)),
         _section("Environment", _environment(record)),
     ]
-    report = folder / "report.md"
+    report = folder / REPORT
     part = report.with_suffix(".part")
     part.write_text("\n".join(section for section in sections if section), encoding="utf-8")
     part.replace(report)

@@ -9,8 +9,9 @@ import pytest
 from rich.console import Console
 
 from trainer.corpus.build import build_corpus
-from trainer.folder import RunError, RunFolder
+from trainer.folder import RunError, RunFolder, digests
 from trainer.recipe import PROJECT, load_recipe
+from trainer.stages.checkpoints import read_metrics
 
 TINY = PROJECT / "tests" / "recipes" / "tiny.yaml"
 QUIET = Console(quiet=True)
@@ -22,6 +23,7 @@ def folder(tmp_path: Path) -> RunFolder:
     recipe = load_recipe(TINY)
     build_corpus(recipe, tmp_path / "corpus")
     folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
     folder.create(recipe, tmp_path / "corpus", 1)
     folder.record["stages"] = {"cpt": {}, "sft": {}}
     folder.write()
@@ -61,6 +63,40 @@ def test_only_what_is_still_to_come_may_change(folder: RunFolder, change: str, m
     assert change.split("=")[0] in record["changes"][0]
     RunFolder(folder.path).read()
     folder.check_recipe(recipe, False, QUIET)
+
+
+@pytest.mark.parametrize(
+    ("change", "keeps"), [("learning_rate=1e-7", True), ("method=lora", False), ("batch_size=2", False)]
+)
+def test_checkpoints_that_do_not_fit_the_new_settings_go(folder: RunFolder, change: str, keeps: bool) -> None:
+    """Their optimiser would have other parameters, or the rows would not be the same ones in the same place."""
+    (folder.checkpoints("dfpo") / "checkpoint-2").mkdir(parents=True)
+    rows = [{"stage": "sft", "step": 9, "loss": 1.0}, {"stage": "dfpo", "step": 2, "loss": 1.0}]
+    folder.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    folder.check_recipe(load_recipe(TINY, [f"stages.dfpo.{change}"]), True, QUIET)
+    assert folder.checkpoints("dfpo").exists() is keeps
+    assert [row["stage"] for row in read_metrics(folder.metrics)] == ["sft", "dfpo"][: 2 if keeps else 1]
+
+
+def test_a_damaged_stage_is_not_built_upon(folder: RunFolder) -> None:
+    folder.stage("sft").mkdir()
+    weights = folder.stage("sft") / "model.safetensors"
+    weights.write_bytes(b"weights")
+    folder.record["stages"]["sft"]["files"] = digests(folder.stage("sft"))
+    folder.check_stage("sft")
+    weights.write_bytes(b"weighty")
+    with pytest.raises(RunError, match=r"model\.safetensors is not as its stage left it"):
+        folder.check_stage("sft")
+    weights.unlink()
+    with pytest.raises(RunError, match="is not as its stage left it"):
+        folder.check_stage("sft")
+
+
+def test_two_trains_cannot_share_a_folder(folder: RunFolder) -> None:
+    with folder.lock(True), pytest.raises(RunError, match="Another"), RunFolder(folder.path).lock(True):
+        pass
+    with folder.lock(True):
+        pass
 
 
 def test_other_records_are_another_run(folder: RunFolder, tmp_path: Path) -> None:

@@ -5,23 +5,27 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
+import signal
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import Trainer
+from rich.console import Console
+from transformers import Trainer, TrainerCallback, TrainerState
 from trl.trainer.sft_trainer import SFTTrainer
 
-from trainer.corpus.record import Record, Source
+from trainer.corpus.record import Message, Record, Source
 from trainer.origin import new_model
 from trainer.recipe import PROJECT, Recipe, TokenizerRecipe, load_recipe
 from trainer.stages.checkpoints import damaged_file
 from trainer.stages.cpt import TextTrainer, cpt_trainer, text_rows
+from trainer.stages.fit import fit
 from trainer.stages.loop import DiskFull, StageError
+from trainer.stages.sft import sft_trainer
 from trainer.stages.view import View
-from trainer.stages.watch import Watch
+from trainer.stages.watch import EarlyStop, Watch
 from trainer.tokenizer import train_tokenizer
 
 TINY = PROJECT / "tests" / "recipes" / "tiny.yaml"
@@ -40,6 +44,11 @@ def _record(number: int, text: str) -> Record:
         group="g",
         text=text,
     )
+
+
+def _dialogue(number: int, question: str) -> Record:
+    messages = (Message(role="user", content=question), Message(role="assistant", content="答。"))
+    return _record(number, "x").model_copy(update={"kind": "dialogue", "text": None, "messages": messages})
 
 
 RECORDS = [_record(number, text) for number, text in enumerate(TEXTS)]
@@ -88,8 +97,6 @@ def test_a_number_that_is_none_stops_with_the_batch_and_the_last_good_checkpoint
 
 
 def test_a_diverging_loss_stops(tmp_path: Path) -> None:
-    from rich.console import Console
-
     watch = Watch("cpt", tmp_path / "metrics.jsonl", View(Console(quiet=True)))
     watch.stop = StageError
     for loss in [3.0, 2.0, 1.0, 0.9, 5.0, 0.8, 0.7]:
@@ -186,3 +193,61 @@ def test_the_private_places_of_transformers_and_trl_that_the_loop_overrides() ->
     assert list(inspect.signature(Trainer._get_train_sampler).parameters) == ["self", "train_dataset"]
     assert list(inspect.signature(Trainer._load_optimizer_and_scheduler).parameters) == ["self", "checkpoint"]
     assert "self.create_model_card" in inspect.getsource(SFTTrainer._save_checkpoint)
+
+
+def test_dialogues_cut_before_their_answer_are_left_out(tmp_path: Path) -> None:
+    """Alone in a batch such a row would have no scored token, and the mean over none is not a number."""
+    recipe = _recipe("stages.sft.max_length=60", "stages.sft.batch_size=1", "stages.sft.gradient_accumulation=1")
+    tokenizer = train_tokenizer(TEXTS, TokenizerRecipe(vocab_size=400), 128)
+    records = [_dialogue(number, "问" * (number % 2 * 80 + 1)) for number in range(6)]
+    model = new_model(recipe, tokenizer)
+    trainer = sft_trainer(model, tokenizer, recipe, records, records, tmp_path / "sft")
+    assert (len(trainer.train_dataset), len(trainer.eval_dataset)) == (3, 3)  # type: ignore[arg-type]
+    assert "3 of 6 records are cut before their answer and left out" in trainer.notes
+    trainer.train()
+    with pytest.raises(StageError, match="none has a token to learn from"):
+        sft_trainer(model, tokenizer, recipe, [records[1]], [], tmp_path / "sft")
+
+
+def _history(*losses: float) -> TrainerState:
+    return TrainerState(log_history=[{"eval_loss": loss} for loss in losses])
+
+
+def test_patience_counts_evaluations_without_a_better_loss() -> None:
+    stop = EarlyStop(2)
+    assert not stop.exhausted(_history())
+    assert not stop.exhausted(_history(3.0, 2.0, 2.5))
+    assert stop.exhausted(_history(3.0, 2.0, 2.5, 2.0)), "as good is not better"
+    assert not stop.exhausted(_history(3.0, 2.0, 2.5, 1.9))
+
+
+def _fit(trainer: TextTrainer, folder: Path) -> tuple[dict[str, Any], bool]:
+    return fit(trainer, "cpt", folder / "metrics.jsonl", View(Console(quiet=True)), gpu=False)
+
+
+def test_a_stage_killed_after_its_last_step_goes_no_step_further(tmp_path: Path) -> None:
+    """In the middle of an epoch the trainer would make one more step before it sees that it is done."""
+    changes = ("stages.cpt.save_every=2", "stages.cpt.max_steps=4", "stages.cpt.log_every=3")
+    first = _trainer(tmp_path, *changes)
+    result, interrupted = _fit(first, tmp_path)
+    assert not interrupted
+    second = _trainer(tmp_path, *changes)
+    again, _ = _fit(second, tmp_path)
+    assert again["steps"] == result["steps"] == 4
+    assert again["tokens"] == result["tokens"] > 0, "the last step is logged, whatever log_every says"
+    assert again["loss"] == result["loss"]
+    for name, weight in first.model.state_dict().items():  # type: ignore[union-attr]
+        assert weight.equal(second.model.state_dict()[name])  # type: ignore[union-attr]
+
+
+def test_a_signal_in_the_last_step_is_not_lost(tmp_path: Path) -> None:
+    trainer = _trainer(tmp_path, "stages.cpt.max_steps=2")
+
+    class Late(TrainerCallback):
+        def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 1:
+                signal.raise_signal(signal.SIGTERM)
+
+    trainer.add_callback(Late())
+    result, interrupted = _fit(trainer, tmp_path)
+    assert (result["steps"], interrupted) == (2, True)

@@ -19,6 +19,7 @@ from trainer.run import Run
 from trainer.stages.build import stage_trainer
 from trainer.tokenizer import train_tokenizer
 
+END = 2  # <|im_end|>
 TINY = PROJECT / "tests" / "recipes" / "tiny.yaml"
 LORA = """
 name: lora
@@ -43,7 +44,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = load_recipe(TINY)
     texts = [path.read_text(encoding="utf-8") for path in sorted((PROJECT / "tui/library/cards").glob("f*.md"))]
     tokenizer = train_tokenizer(texts, TokenizerRecipe(vocab_size=1200), 2048)
-    new_model(recipe, tokenizer).save_pretrained(folder)
+    model = new_model(recipe, tokenizer)
+    for config in (model.config, model.generation_config):
+        config.eos_token_id = tokenizer.convert_tokens_to_ids("<|endoftext|>")  # as base models have it
+    model.save_pretrained(folder)
     tokenizer.chat_template = None
     tokenizer.save_pretrained(folder)
     return folder
@@ -66,6 +70,7 @@ def test_lora_stages_hand_on_dense_models(base: Path, tmp_path: Path, four_bit: 
         changed = [name for name, value in after.state_dict().items() if not value.equal(before.state_dict()[name])]
         assert len(changed) == 2 * 7, f"{stage}: the LoRA of seven projections in two layers is merged"
         assert after.dtype == torch.float32
+        assert after.generation_config.eos_token_id == after.config.eos_token_id == END, "ours, not the base's"
         before = after
     PeftModel.from_pretrained(before, str(tmp_path / "run" / "4-mue"))
     record = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))

@@ -216,7 +216,8 @@ def test_new_models_are_not_advised_to_train_adapters(corpus: Path) -> None:
 
 @pytest.mark.parametrize("name", STAGES)
 def test_probe_trains_every_stage_here(name: str, corpus: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    recipe = load_recipe(TINY, ["stages.sft.packing=true", "stages.dfpo.precompute_reference=false"])
+    small = [f"stages.{stage}.batch_size=1" for stage in STAGES]
+    recipe = load_recipe(TINY, [*small, "stages.sft.packing=true", "stages.dfpo.precompute_reference=false"])
     tokens = count_tokens(recipe, name, stage_records(name, corpus), tokenizer)
     assert tokens_per_second(recipe, name, model_config(recipe, len(tokenizer)), tokens, "cpu", 0.0) > 0
 

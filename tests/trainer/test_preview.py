@@ -19,7 +19,7 @@ from trainer.corpus.build import build_corpus
 from trainer.corpus.record import Message, Record, write_records
 from trainer.planning.prepare import load_tokenizer, quieten_libraries
 from trainer.preview import Document, Preview, preview, small_config
-from trainer.recipe import PROJECT, load_recipe
+from trainer.recipe import PROJECT, RecipeError, load_recipe
 from trainer.stages.build import stage_records
 
 TINY = PROJECT / "tests" / "recipes" / "tiny.yaml"
@@ -93,10 +93,11 @@ def test_packs_show_their_documents_apart(corpus: Path, tokenizer: PreTrainedTok
     assert row.padding == shown.left_out == 0
 
 
-def test_a_cut_pack_keeps_what_was_truncated(corpus: Path) -> None:
+def test_a_cut_pack_says_what_is_gone(corpus: Path) -> None:
+    """Packs in which no answer is left are left out as a whole."""
     shown = preview(load_recipe(TINY, ["stages.sft.packing=true", "stages.sft.max_length=120"]), corpus, "sft", 5)
     documents = _documents(shown)
-    assert len(documents) == 5
+    assert len(documents) + shown.left_out == 5
     assert all(document.tokens == 120 for document in documents if document.dropped)
     assert any(document.dropped for document in documents)
 
@@ -116,9 +117,15 @@ def test_pairs_have_one_prompt_and_two_masks(corpus: Path, tokenizer: PreTrained
         assert _text(chosen, scored=True) != _text(rejected, scored=True)
 
 
-def test_a_prompt_that_fills_max_length_is_left_out(corpus: Path) -> None:
-    shown = preview(load_recipe(TINY, ["stages.dfpo.max_length=60"]), corpus, "dfpo", 3)
-    assert (shown.left_out, shown.rows) == (3, [])
+def test_prompts_that_fill_max_length_are_left_out(corpus: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    lengths = sorted(
+        len(tokenizer(_rendered(tokenizer, r.prompt) + "<|im_start|>assistant\n")["input_ids"])  # type: ignore[arg-type]
+        for r in stage_records("dfpo", corpus)[:3]
+    )
+    shown = preview(load_recipe(TINY, [f"stages.dfpo.max_length={lengths[1]}"]), corpus, "dfpo", 3)
+    assert (shown.left_out, len(shown.rows)) == (2, 1)
+    with pytest.raises(RecipeError, match=r"Raise stages\.dfpo\.max_length"):
+        preview(load_recipe(TINY, ["stages.dfpo.max_length=20"]), corpus, "dfpo", 3)
 
 
 def test_long_texts_go_on_in_another_row(corpus: Path) -> None:

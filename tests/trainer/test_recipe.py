@@ -50,7 +50,7 @@ def test_files_that_are_no_recipe(tmp_path: Path, content: bytes) -> None:
 
 
 def test_a_missing_recipe_says_where_the_shipped_ones_are(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="Shipped: .*demo"):
+    with pytest.raises(RecipeError, match=r"Shipped: .*demo"):
         load_recipe(tmp_path / "none.yaml")
 
 

@@ -1,4 +1,4 @@
-"""kill -9 in each of the four stages: the run that goes on ends with the very weights of one that was left alone."""
+"""kill -9 in each of the four stages, and a checkpoint damaged: the weights are those of a run left alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file
 
 from trainer.recipe import PROJECT
-from trainer.stages.checkpoints import read_metrics
+from trainer.stages.checkpoints import read_metrics, step_of
 
 RECIPE = PROJECT / "tests" / "recipes" / "tiny.yaml"
 STAGES = ["cpt", "sft", "dfpo", "mue"]
@@ -22,6 +22,7 @@ CHANGES = [
     "loggers=[]",
     *(f"stages.{stage}.batch_size=4" for stage in STAGES),
     *(f"stages.{stage}.save_every=3" for stage in STAGES),
+    *("stages.sft.evaluate_every=6", "stages.sft.patience=1", "stages.dfpo.patience=0", "stages.dfpo.evaluate_every=0"),
     *(f"stages.{stage}.epochs=2" for stage in STAGES),
     *("corpus.texts=24", "corpus.selections=8", "corpus.dialogues=16", "corpus.preferences=16"),
     *("corpus.task_dialogues=24", "stages.cpt.copy_exercises=8", "corpus.held_out=4"),
@@ -45,6 +46,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A run that was left alone, and one killed once in every stage."""
     work = tmp_path_factory.mktemp("resume")
     _finish(_start(work, "alone"))
+    said = ""
     for stage in STAGES:
         process = _start(work, "killed")
         deadline = time.monotonic() + 120
@@ -55,10 +57,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
             assert time.monotonic() < deadline
             time.sleep(0.005)
         process.kill()
-        process.communicate()
+        said += process.communicate()[1]
+        if stage == "sft":
+            damaged = max(checkpoints.glob("checkpoint-*"), key=step_of)
+            weights = damaged / "model.safetensors"
+            data = bytearray(weights.read_bytes())
+            data[-1] ^= 1
+            weights.write_bytes(data)
         assert not (work / "killed" / f"{STAGES.index(stage) + 1}-{stage}").exists()
-    said = _finish(_start(work, "killed"))
+    said += _finish(_start(work, "killed"))
     assert "mue: continuing from checkpoint-" in said
+    assert "is damaged (model.safetensors is not as it was written)" in said
     return work / "alone", work / "killed"
 
 

@@ -1,4 +1,4 @@
-"""What a run says when the machine fails it: memory, disk, packages; and what it measures after a kill between stages."""
+"""What a run says when the machine fails it: memory, disk, packages; what it makes up for after a kill."""
 
 from __future__ import annotations
 

@@ -6,8 +6,10 @@ loss must be the same; only the stage MUE differs, because each process draws ro
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +25,8 @@ from accelerate.utils import fsdp_utils
 from peft import PeftModel
 from safetensors.torch import load_file
 from scale_out_worker import expert_model, losses_without_noise, rows
+from transformers import Trainer
+from trl.trainer.dpo_trainer import DPOTrainer
 
 from trainer.corpus.build import build_corpus
 from trainer.folder import FOLDERS
@@ -33,11 +37,12 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the launcher ne
 
 HERE = Path(__file__).parent
 RECIPE = PROJECT / "tests" / "recipes" / "tiny.yaml"
-# Rows of every stage are a multiple of its batch. CPT is long enough to be stopped in its middle.
+# An epoch of every stage is one batch. CPT is long enough to be stopped in its middle, and it keeps no checkpoint
+# unless it is stopped.
 SIZES = [
-    *("corpus.texts=32", "corpus.selections=8", "corpus.dialogues=24", "corpus.preferences=16"),
-    *("corpus.task_dialogues=32", "corpus.held_out=4", "device=cpu"),
-    *("stages.cpt.epochs=4", "stages.cpt.warmup_steps=2", "stages.sft.epochs=2"),
+    *("corpus.texts=16", "corpus.selections=4", "corpus.dialogues=12", "corpus.preferences=8"),
+    *("corpus.task_dialogues=16", "corpus.held_out=4", "device=cpu", "stages.cpt.copy_exercises=0"),
+    *("stages.cpt.epochs=12", "stages.cpt.warmup_steps=2", "stages.cpt.save_every=100", "stages.sft.epochs=3"),
 ]
 WHOLE = [f"stages.{stage}.batch_size={size}" for stage, size in zip(STAGES, (16, 16, 8, 16), strict=True)]
 HALVES = [f"stages.{stage}.batch_size={size}" for stage, size in zip(STAGES, (8, 8, 4, 8), strict=True)]
@@ -45,14 +50,12 @@ TOLERANCE = 1e-4
 PATIENCE = 300
 
 
-@dataclass
+@dataclass(frozen=True)
 class Trained:
-    """A finished run and, if it was stopped on the way, what lay in its folder then."""
+    """The folder of a finished run, and a copy of what it was when the run was stopped on the way."""
 
     folder: Path
-    checkpoints: list[Path]
-    damaged: list[str | None]
-    rows_when_stopped: list[dict]
+    stopped: Path | None = None
 
     def losses(self, stage: str) -> dict[int, float]:
         return {row["step"]: row["loss"] for row in _rows(self.folder) if row["stage"] == stage and "loss" in row}
@@ -71,36 +74,53 @@ def corpus(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def single(tmp_path_factory, corpus) -> Trained:
     folder = tmp_path_factory.mktemp("single")
-    with _started([sys.executable, "-m", "pediatricsgpt", *_train(WHOLE, corpus, folder)], folder) as process:
-        assert process.wait(PATIENCE) == 0, _log(folder)
-    return Trained(folder, [], [], [])
+    _finish([sys.executable, "-m", "pediatricsgpt", *_train(WHOLE, corpus, folder)], folder)
+    return Trained(folder)
 
 
-@pytest.fixture(scope="module", params=["ddp", "fsdp2"])
-def double(request, tmp_path_factory, corpus) -> Trained:
-    """Two processes, stopped in CPT by a signal to the launcher and continued by the same command."""
-    folder = tmp_path_factory.mktemp(request.param)
-    program = {"ddp": ["-m", "pediatricsgpt"], "fsdp2": [str(HERE / "fsdp_front_door.py")]}[request.param]
-    command = _launch(request.param, [*program, *_train(HALVES, corpus, folder)])
+@pytest.fixture(scope="module")
+def ddp(tmp_path_factory, corpus) -> Trained:
+    folder = tmp_path_factory.mktemp("ddp")
+    _finish(_launch("ddp", ["-m", "pediatricsgpt", *_train(HALVES, corpus, folder)]), folder)
+    return Trained(folder)
+
+
+@pytest.fixture(scope="module")
+def fsdp2(tmp_path_factory, corpus) -> Trained:
+    """Stopped in CPT by a signal to the launcher, continued by the same command."""
+    folder = tmp_path_factory.mktemp("fsdp2")
+    stopped = folder.with_name("stopped")
+    metrics = folder / "metrics.jsonl"
+    command = _launch("fsdp2", [str(HERE / "fsdp_front_door.py"), *_train(HALVES, corpus, folder)])
     with _started(command, folder) as process:
-        while not _rows(folder) and process.poll() is None:
+        while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
         process.wait(PATIENCE)
-    checkpoints = sorted((folder / "checkpoints").glob("*/*"))
-    trained = Trained(folder, checkpoints, [damaged_file(path) for path in checkpoints], _rows(folder))
-    with _started(command, folder) as process:
-        assert process.wait(PATIENCE) == 0, _log(folder)
-    return trained
+    shutil.copytree(folder, stopped)
+    _finish(command, folder)
+    return Trained(folder, stopped)
 
 
-def test_a_signal_to_the_launcher_leaves_one_whole_checkpoint(double):
-    assert len(double.checkpoints) == 1
-    assert double.damaged == [None]
-    last = double.rows_when_stopped[-1]
-    assert double.checkpoints[0].name == f"checkpoint-{last['step']}"
-    assert last["step"] < max(double.losses(last["stage"]))
-    assert f"continuing from checkpoint-{last['step']}" in _log(double.folder)
+@pytest.fixture(params=["ddp", "fsdp2"])
+def double(request) -> Trained:
+    """A run on two processes."""
+    return request.getfixturevalue(request.param)
+
+
+def test_a_signal_to_the_launcher_leaves_one_whole_checkpoint(fsdp2):
+    last = _rows(fsdp2.stopped)[-1]
+    assert last["step"] < max(fsdp2.losses(last["stage"]))
+    (checkpoint,) = (fsdp2.stopped / "checkpoints" / last["stage"]).iterdir()
+    assert checkpoint.name == f"checkpoint-{last['step']}"
+    assert damaged_file(checkpoint) is None
+    assert f"continuing from {checkpoint.name}" in _log(fsdp2.folder)
+
+
+def test_processes_draw_different_noise(fsdp2):
+    (checkpoint,) = (fsdp2.stopped / "checkpoints").glob("*/*")
+    states = [torch.load(checkpoint / f"rng_state_{rank}.pth", weights_only=False)["cpu"] for rank in range(2)]
+    assert not torch.equal(*states)
 
 
 @pytest.mark.parametrize("stage", ["cpt", "sft", "dfpo"])
@@ -148,8 +168,7 @@ def worker(tmp_path_factory, single, corpus) -> Path:
     folder = tmp_path_factory.mktemp("worker")
     paths = [str(path) for path in (folder, single.folder, RECIPE, corpus)]
     command = _launch("ddp", [str(HERE / "scale_out_worker.py"), *paths, *SIZES, *HALVES])
-    with _started(command, folder) as process:
-        assert process.wait(PATIENCE) == 0, _log(folder)
+    _finish(command, folder)
     return folder
 
 
@@ -186,6 +205,20 @@ def test_an_adapter_gathered_from_shards_loads_in_one_process(worker):
         assert (before(rows()[0]).logits - loaded).abs().max() > 0.01  # the step that was taken is in the file
 
 
+def test_the_private_methods_of_trl_and_transformers_that_we_extend():
+    """A failure here means: read their change log, then mend trainer/stages/loop.py and dfpo.py."""
+    references = inspect.getsource(DPOTrainer._precompute_ref_logps)
+    assert list(inspect.signature(DPOTrainer._precompute_ref_logps).parameters) == [
+        "self",
+        "dataset",
+        "name",
+        "batch_size",
+    ]
+    assert "cache_file = dataset._get_cache_file_path(fingerprint)" in references  # why the dataset needs a folder
+    assert list(inspect.signature(Trainer._save).parameters) == ["self", "output_dir", "state_dict"]
+    assert '"FULL_STATE_DICT" in str(' in inspect.getsource(Trainer.save_model)  # else it saves nothing under FSDP
+
+
 def _train(batches: list[str], corpus: Path, folder: Path) -> list[str]:
     return ["train", str(RECIPE), *SIZES, *batches, "--corpus", str(corpus), "-o", str(folder)]
 
@@ -209,14 +242,18 @@ def _started(command: list[str], folder: Path) -> Iterator[subprocess.Popen]:
             process.wait(60)
 
 
+def _finish(command: list[str], folder: Path) -> None:
+    with _started(command, folder) as process:
+        assert process.wait(PATIENCE) == 0, _log(folder)
+
+
 def _log(folder: Path) -> str:
     return Path(f"{folder}.log").read_text(encoding="utf-8", errors="replace")
 
 
 def _rows(folder: Path) -> list[dict]:
-    """Rows of metrics.jsonl; a torn one is an error, except while it is being written."""
-    file = folder / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    """Rows of metrics.jsonl; a torn one is an error."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def _files(folder: Path) -> set[str]:

@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--probe",
         action=argparse.BooleanOptionalAction,
-        help="train random weights for ten seconds to tell the time (default: where there is a GPU)",
+        help="train random weights for ten seconds (longer if steps are) to tell the time; default: if there is a GPU",
     )
     parser.add_argument("--json", action="store_true", help="print the plan as one JSON object")
     arguments = parser.parse_intermixed_args(argv)
@@ -117,24 +117,25 @@ def print_plan(plan: Plan, console: Console) -> None:
     for name, stage in plan.stages.items():
         for note in _notes(name, stage):
             console.print(f"  {name}: {note}", style="dim", highlight=False, soft_wrap=True)
-    console.print(_memory(plan))
+    memory = _memory(plan)
+    wide = console.measure(memory, options=console.options.update(max_width=500)).maximum > console.width
+    console.print(_memory(plan, parts=False) if wide else memory)
     _print_verdict(plan, console)
     if any(stage.speed or stage.not_probed for stage in plan.stages.values()):
         console.print(_time(plan))
 
 
 def _stages(plan: Plan) -> Table:
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in ("stage", "trains", "records", "tokens", "scored", "cut off", "sequences", "padding", "steps"):
-        table.add_column(column, justify="left" if column in ("stage", "trains") else "right")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for column in ("stage", "trains", "records", "tokens", "scored", "rows", "padding", "steps"):
+        table.add_column(column, justify="left" if column in ("stage", "trains") else "right", no_wrap=True)
     for name, stage in plan.stages.items():
-        tokens, share = stage.tokens, 100 * stage.trainable / stage.parameters
-        trained = f"{_count(stage.trainable)} ({share:.3g} %)"
-        units = f"{tokens.packs:,} packs" if tokens.packs is not None else f"{tokens.rows:,}"
-        table.add_row(
-            name, f"{stage.method} {trained}", f"{tokens.records:,}", _count(tokens.tokens), _count(tokens.scored),
-            _count(tokens.dropped_tokens), units, f"{tokens.padding:.1%}", f"{tokens.steps:,}",
-        )  # fmt: skip
+        tokens, trained = stage.tokens, f"{stage.method} {_count(stage.trainable)}"
+        if stage.trainable < stage.parameters:
+            trained += f" ({100 * stage.trainable / stage.parameters:.2g} %)"
+        rows = f"{tokens.packs:,} packs" if tokens.packs is not None else f"{tokens.rows:,}"
+        figures = (f"{tokens.records:,}", _count(tokens.tokens), _count(tokens.scored), rows, f"{tokens.padding:.1%}")
+        table.add_row(name, trained, *figures, f"{tokens.steps:,}")
     return table
 
 
@@ -144,7 +145,10 @@ def _notes(name: str, stage: StagePlan) -> list[str]:
         notes.append(f"{tokens.sampled:,} of {tokens.records:,} records were tokenized, the figures are scaled up")
     if tokens.dropped_tokens:
         lost = tokens.dropped_tokens / (tokens.tokens + tokens.dropped_tokens)
-        notes.append(f"{lost:.1%} of the tokens lie behind max_length and are lost; raise stages.{name}.max_length")
+        notes.append(
+            f"{_count(tokens.dropped_tokens)} tokens ({lost:.1%}) lie behind max_length and are lost; raise "
+            f"stages.{name}.max_length"
+        )
     if tokens.dropped_rows:
         notes.append(f"{tokens.dropped_rows:,} sequences are left out: max_length ends before their answer begins")
     if tokens.packs is not None:
@@ -157,23 +161,20 @@ def _notes(name: str, stage: StagePlan) -> list[str]:
     return notes
 
 
-def _memory(plan: Plan) -> Table:
+def _memory(plan: Plan, parts: bool = True) -> Table:
     memories = [memory for stage in plan.stages.values() for memory in stage.memory.values()]
-    unit = "GiB" if max(memory.total for memory in memories) >= 4 * 2**30 else "MiB"
+    scale, unit = (2**30, "GiB") if max(memory.total for memory in memories) >= 4 * 2**30 else (2**20, "MiB")
+    digits = 1 if unit == "GiB" else 0
     where = "one GPU" if plan.device.gpu else "one process"
     title = f"memory of {where} at the fullest moment of a step, in {unit}"
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-    shown = [part for part in PARTS if any(memory.parts[part] for memory in memories)]
-    table.add_column("stage")
-    table.add_column("strategy")
-    for part in shown:
-        table.add_column(PARTS[part], justify="right")
-    table.add_column("total", justify="right", style="bold")
-    table.add_column("fits")
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    shown = [part for part in PARTS if parts and any(memory.parts[part] for memory in memories)]
+    for column in ("stage", "strategy", *(PARTS[part] for part in shown), "total", "fits"):
+        table.add_column(column, justify="left" if column in ("stage", "strategy", "fits") else "right", no_wrap=True)
     for name, stage in plan.stages.items():
         for strategy, memory in stage.memory.items():
-            figures = [memory.parts[part] for part in shown] + [memory.total]
-            written = [f"{x / 2**30:.1f}" if unit == "GiB" else f"{x / 2**20:.0f}" for x in figures]
+            figures = [*(memory.parts[part] for part in shown), memory.total]
+            written = (f"{figure / scale:.{digits}f}" for figure in figures)
             table.add_row(name, strategy, *written, _mark(plan.fits_in(memory)))
     return table
 
@@ -203,7 +204,13 @@ def _print_verdict(plan: Plan, console: Console) -> None:
 def _time(plan: Plan) -> Table:
     speeds = [stage.speed for stage in plan.stages.values() if stage.speed]
     where = f" on {speeds[0].device}" if speeds else ""
-    table = Table(title=f"time, from a probe{where}", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table = Table(
+        title=f"time, from a probe{where}",
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
     for column in ("stage", "tokens/s", "MFU", "time"):
         table.add_column(column, justify="left" if column == "stage" else "right")
     for name, stage in plan.stages.items():

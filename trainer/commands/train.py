@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
         "  pediatricsgpt train --list\n"
         "  pediatricsgpt train demo\n"
         "  pediatricsgpt train qwen3-4b stages.sft.load_in_4bit=true --dry-run\n"
-        "  pediatricsgpt train my.yaml stages.sft.epochs=2 --output runs/trial\n"
+        "  pediatricsgpt train my.yaml stages.sft.learning_rate=1e-5 --output runs/trial\n"
         "  accelerate launch --config_file trainer/recipes/accelerate/fsdp2.yaml -m pediatricsgpt train qwen3-8b",
     )
     add_recipe(parser, optional=True)
@@ -67,7 +67,10 @@ def _train(arguments, argv: list[str]) -> int:  # noqa: ANN001  (argparse.Namesp
         recipe = load_recipe(arguments.recipe, arguments.overrides)
         with console.status("loading the training libraries"):
             from trainer.evaluate.likelihood import HeldOutError
-            from trainer.run import Run, RunError
+            from trainer.folder import RunError
+            from trainer.mue import MueError
+            from trainer.report import ReportError
+            from trainer.run import Run
             from trainer.stages.loop import StageError
             from trainer.stages.watch import Interrupted
         folder = arguments.output or Path("runs") / recipe.name
@@ -76,7 +79,7 @@ def _train(arguments, argv: list[str]) -> int:  # noqa: ANN001  (argparse.Namesp
         return fail(error)
     try:
         run.execute(arguments.accept_changes)
-    except (CorpusError, RecipeError, RunError, StageError, HeldOutError, OSError) as error:
+    except (CorpusError, RecipeError, RunError, StageError, HeldOutError, MueError, ReportError, OSError) as error:
         return fail(error)
     except (Interrupted, KeyboardInterrupt):
         command = shlex.join(["pediatricsgpt", "train", *argv])

@@ -10,11 +10,10 @@ import datasets
 from transformers import PreTrainedTokenizerFast
 from transformers import logging as transformers_logging
 
-from trainer.bases.baichuan import is_baichuan
 from trainer.corpus.build import build_corpus, check_records, is_current
 from trainer.origin import make_tokenizer
-from trainer.recipe import Recipe, RecipeError
-from trainer.stages.build import stage_records
+from trainer.recipe import Recipe
+from trainer.stages.build import tokenizer_texts
 
 
 def prepare_corpus(recipe: Recipe, folder: Path) -> bool:
@@ -33,14 +32,7 @@ def prepare_corpus(recipe: Recipe, folder: Path) -> bool:
 
 def load_tokenizer(recipe: Recipe, corpus: Path) -> PreTrainedTokenizerFast:
     """The tokenizer a run with this recipe and corpus would have. Raises RecipeError, CorpusError."""
-    if recipe.base and is_baichuan(Path(recipe.base)):
-        raise RecipeError(
-            f"{recipe.base} is in Baichuan's own form, which `pediatricsgpt train` converts into RUN/0-base when it "
-            "starts. Plan and preview with that folder: base=RUN/0-base."
-        )
-    texts = [record.text or "" for record in stage_records("cpt", corpus)]
-    texts += [message.content for record in stage_records("sft", corpus) for message in record.messages or ()]
-    return make_tokenizer(recipe, texts)
+    return make_tokenizer(recipe, tokenizer_texts(corpus))
 
 
 def quieten_libraries() -> None:

@@ -20,10 +20,9 @@ from trl.data_utils import common_prefix_length, pack_dataset
 from trainer.corpus.record import Message, Record
 from trainer.planning.activations import Batch
 from trainer.recipe import CptRecipe, DfpoRecipe, PackedStage, Recipe, RecipeError, StageRecipe
-from trainer.stages.copying import IGNORED, copy_exercises
-from trainer.stages.cpt import text_rows
+from trainer.stages.copying import IGNORED
+from trainer.stages.cpt import cpt_rows
 from trainer.stages.sampling import EpochSampler
-from trainer.tokenizer import token_id
 
 _KEYS = {"cpt": "texts", "sft": "dialogues", "dfpo": "preferences", "mue": "task_dialogues"}
 SAMPLE = 50_000  # records of a stage that are tokenized; of more, as many evenly spread ones
@@ -60,8 +59,9 @@ def count_tokens(
     scale = len(records) / max(1, len(sample))
     rows, limit = _rows(recipe, name, sample, scale, tokenizer), stage.max_length
     packed = isinstance(stage, PackedStage) and stage.packing
-    # TRL drops rows without anything to score, but not from packs.
-    kept = rows if packed else [row for row in rows if any(scored[:limit].any() for scored in row)]
+    # What holds nothing to score is left out: packs as a whole, else each row (by TRL, or trainer/stages/loop.py).
+    packs = [pack for pack in _packs(rows, limit) if any(map(np.any, pack))] if packed and rows else []
+    kept = [(row,) for pack in packs for row in pack] if packed else [row for row in _cut(rows, limit) if _any(row)]
     if not kept:
         raise RecipeError(
             f"stages.{name}: none of {len(records)} records leaves anything to train on: cut at max_length ({limit} "
@@ -69,23 +69,22 @@ def count_tokens(
             if records
             else f"stages.{name}: the corpus has no records for it. Give corpus.{_KEYS[name]} a number above 0."
         )
-    lengths = [tuple(min(len(scored), limit) for scored in row) for row in kept]
-    tokens = sum(map(sum, lengths))
-    packs = _packs([length for (length,) in lengths], limit) if packed else []
+    tokens = sum(len(scored) for row in kept for scored in row)
     units = round(len(packs if packed else kept) * scale)
+    sizes = [sum(map(len, pack)) for pack in packs] if packed else [max(map(len, row)) for row in kept]
     return StageTokens(
         records=len(records),
         sampled=len(sample),
         rows=round(len(kept) * scale),
         tokens=round(tokens * scale),
-        scored=round(sum(int(scored[1:limit].sum()) for row in kept for scored in row) * scale),
+        scored=round(sum(int(scored[1:].sum()) for row in kept for scored in row) * scale),
         dropped_tokens=round((sum(len(scored) for row in rows for scored in row) - tokens) * scale),
         dropped_rows=round((len(rows) - len(kept)) * scale),
         packs=units if packed else None,
-        padding=0.0 if packed else _padding(recipe, stage, kept, lengths, processes),
+        padding=0.0 if packed else _padding(recipe, stage, kept, [row for row in rows if _any(row, limit)], processes),
         empty=1 - tokens / (len(packs) * limit) if packed else 0.0,
-        longest=max(packs if packed else map(max, lengths)),
-        mean=tokens / sum(map(len, lengths)),
+        longest=max(sizes),
+        mean=tokens / sum(map(len, kept)),
         steps=count_steps(stage, units, processes),
     )
 
@@ -123,27 +122,7 @@ def _rows(
         rendered: Any = tokenizer.apply_chat_template(dialogues, return_dict=True, return_assistant_tokens_mask=True)
         return [(np.array(marks, dtype=bool),) for marks in rendered["assistant_masks"]]
     count = round(stage.copy_exercises / scale)
-    return [(np.array(row["labels"]) != IGNORED,) for row in _texts(stage, count, recipe.seed, records, tokenizer)]
-
-
-def _texts(
-    stage: CptRecipe, exercises: int, seed: int, records: Sequence[Record], tokenizer: PreTrainedTokenizerFast
-) -> list[dict[str, list[int]]]:
-    """Texts behind `exercises` copy exercises."""
-    rows = text_rows(records, tokenizer, stage.max_length)
-    if not exercises:
-        return rows
-    special = set(tokenizer.all_special_ids)
-    drawn = copy_exercises(
-        exercises,
-        [token for row in rows for token in row["input_ids"] if token not in special],
-        [token for token in range(len(tokenizer)) if token not in special],
-        seed,
-        start=token_id(tokenizer, "<|im_start|>"),
-        end=token_id(tokenizer, "<|endoftext|>"),
-        eos=token_id(tokenizer, "<|im_end|>"),
-    )
-    return drawn + rows
+    return [(np.array(row["labels"]) != IGNORED,) for row in cpt_rows(records, tokenizer, stage, count, recipe.seed)]
 
 
 def _pair(record: Record, tokenizer: PreTrainedTokenizerFast) -> Row:
@@ -164,24 +143,37 @@ def _plain(messages: Sequence[Message] | None) -> list[dict[str, str]]:
     return [message.model_dump() for message in messages or ()]
 
 
-def _packs(lengths: Sequence[int], limit: int) -> list[int]:
-    """Tokens of each pack. TRL packs a thousand rows at a time, so the rows' order counts."""
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    column = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(np.zeros(offsets[-1], dtype=np.int8)))
+def _any(row: Row, limit: int | None = None) -> bool:
+    """Whether the loss counts any token of the first `limit`."""
+    return any(scored[:limit].any() for scored in row)
+
+
+def _cut(rows: Sequence[Row], limit: int) -> list[Row]:
+    return [tuple(scored[:limit] for scored in row) for row in rows]
+
+
+def _packs(rows: Sequence[Row], limit: int) -> list[list[np.ndarray]]:
+    """The packs of single sequences, cut at `limit`. TRL packs a thousand rows at a time, so their order counts."""
+    offsets = pa.array(np.cumsum([0, *(len(scored) for (scored,) in rows)]))
+    column = pa.LargeListArray.from_arrays(offsets, pa.array(np.concatenate([row[0] for row in rows]).astype(np.int8)))
     packed: Any = pack_dataset(Dataset(pa.table({"input_ids": column})), limit, "bfd")
-    return [sum(documents) for documents in packed["seq_lengths"]]
+    return [
+        np.split(np.array(scored, dtype=bool), np.cumsum(lengths)[:-1])
+        for scored, lengths in zip(packed["input_ids"], packed["seq_lengths"], strict=True)
+    ]
 
 
-def _padding(
-    recipe: Recipe, stage: StageRecipe, rows: Sequence[Row], lengths: Sequence[tuple[int, ...]], processes: int
-) -> float:
-    """Share of padding in the micro-batches of the first epoch, in the order the stage draws them."""
+def _padding(recipe: Recipe, stage: StageRecipe, rows: Sequence[Row], whole: Sequence[Row], processes: int) -> float:
+    """Share of padding in the micro-batches of the first epoch, in the order the stage draws them.
+
+    `whole` are the same rows before truncation.
+    """
     together = stage.batch_size * stage.gradient_accumulation * processes
     if isinstance(stage, DfpoRecipe):  # grouped by what a pair holds before truncation, the prompt once
-        sizes = [len(chosen) + int(rejected.sum()) for chosen, rejected in rows]
+        sizes = [len(chosen) + int(rejected.sum()) for chosen, rejected in whole]
     else:
-        sizes = [length for (length,) in lengths]
+        sizes = [len(scored) for (scored,) in rows]
     order = list(EpochSampler(len(rows), together, recipe.seed, sizes))
     batches = [order[start : start + stage.batch_size] for start in range(0, len(order), stage.batch_size)]
-    positions = sum(max(max(lengths[row]) for row in batch) * len(batch) * len(lengths[0]) for batch in batches)
-    return 1 - sum(map(sum, lengths)) / positions
+    positions = sum(max(len(s) for row in batch for s in rows[row]) * len(batch) * len(rows[0]) for batch in batches)
+    return 1 - sum(len(scored) for row in rows for scored in row) / positions

@@ -1,11 +1,8 @@
-"""LoRA in the dense stages: trained beside frozen weights and merged when the stage ends."""
+"""LoRA in the dense stages: trained beside frozen weights and merged when the stage ends (hand_on.py)."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM
+from peft import LoraConfig
 
 from trainer.recipe import DenseStage
 
@@ -20,13 +17,3 @@ def lora_config(stage: DenseStage) -> LoraConfig | None:
         target_modules=list(stage.lora_targets),
         task_type="CAUSAL_LM",
     )
-
-
-def merge_lora(base: Path | str, adapter: Path, target: Path) -> None:
-    """Writes `base` with `adapter` merged into `target`.
-
-    The base is read in the dtype it is stored in, also after QLoRA: the adapter was trained over the 4-bit weights
-    and is added to the exact ones, as PEFT and the QLoRA authors do.
-    """
-    dense = AutoModelForCausalLM.from_pretrained(base, dtype="auto", local_files_only=True)
-    PeftModel.from_pretrained(dense, adapter).merge_and_unload(safe_merge=True).save_pretrained(target)

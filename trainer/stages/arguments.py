@@ -47,7 +47,7 @@ def training_arguments(recipe: Recipe, stage: StageRecipe, checkpoints: Path) ->
     if stage.activation_checkpointing:
         arguments["activation_checkpointing_kwargs"] = {"use_reentrant": False}
     if isinstance(stage, PackedStage) and stage.packing:
-        # Texts were cut to max_length before (stages/cpt.py), dialogues stay whole.
+        # CPT's texts were split before, none of their tokens is lost (stages/cpt.py); dialogues are cut at max_length.
         arguments |= {"packing": True, "packing_strategy": "bfd", "eval_packing": False}
     if stage.evaluate_every:
         arguments |= {"eval_strategy": "steps", "eval_steps": stage.evaluate_every}

@@ -20,7 +20,7 @@ def seal(folder: Path) -> None:
     digests = {str(path.relative_to(folder)): [path.stat().st_size, _digest(path)] for path in files}
     (folder / SEAL).write_text(json.dumps(digests, indent=1), encoding="utf-8")
     for path in [*files, folder / SEAL]:
-        _flush(path)
+        flush(path)
 
 
 def damaged_file(folder: Path) -> str | None:
@@ -96,6 +96,13 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+def flush(path: Path) -> None:
+    """Writes a file's (or folder's) content through to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if path.is_file():  # some systems cannot flush folders
+            raise
+    finally:
+        os.close(descriptor)

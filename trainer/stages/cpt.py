@@ -12,7 +12,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from trainer.corpus.record import Record
-from trainer.recipe import Recipe
+from trainer.recipe import CptRecipe, Recipe
 from trainer.stages.adapters import lora_config
 from trainer.stages.arguments import training_arguments
 from trainer.stages.copying import copy_exercises
@@ -33,6 +33,26 @@ def text_rows(
     return [{"input_ids": ids, "labels": list(ids)} for ids in pieces]
 
 
+def cpt_rows(
+    records: Iterable[Record], tokenizer: PreTrainedTokenizerFast, stage: CptRecipe, exercises: int, seed: int
+) -> list[dict[str, list[int]]]:
+    """The texts, for a new model behind `exercises` copy exercises over their tokens."""
+    rows = text_rows(records, tokenizer, stage.max_length)
+    if not exercises:
+        return rows
+    control = set(tokenizer.added_tokens_decoder)
+    drawn = copy_exercises(
+        exercises,
+        [token for row in rows for token in row["input_ids"] if token not in control],
+        [token for token in range(len(tokenizer)) if token not in control],
+        seed,
+        start=token_id(tokenizer, "<|im_start|>"),
+        end=token_id(tokenizer, "<|endoftext|>"),
+        eos=token_id(tokenizer, "<|im_end|>"),
+    )
+    return drawn + rows
+
+
 def cpt_trainer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
@@ -41,20 +61,9 @@ def cpt_trainer(
     held_out: Sequence[Record],
     checkpoints: Path,
 ) -> TextTrainer:
-    """The corpus' texts, for a new model mixed with copy exercises."""
+    """Next-token loss on all tokens."""
     stage = recipe.stages.cpt
-    rows = text_rows(records, tokenizer, stage.max_length)
-    if stage.copy_exercises:
-        special = set(tokenizer.all_special_ids)
-        rows = copy_exercises(
-            stage.copy_exercises,
-            [token for row in rows for token in row["input_ids"] if token not in special],
-            [token for token in range(len(tokenizer)) if token not in special],
-            recipe.seed,
-            start=token_id(tokenizer, "<|im_start|>"),
-            end=token_id(tokenizer, "<|endoftext|>"),
-            eos=token_id(tokenizer, "<|im_end|>"),
-        ) + rows  # fmt: skip
+    rows = cpt_rows(records, tokenizer, stage, stage.copy_exercises, recipe.seed)
     trainer = TextTrainer(
         model=model,
         args=SFTConfig(**training_arguments(recipe, stage, checkpoints)),
@@ -63,5 +72,5 @@ def cpt_trainer(
         processing_class=tokenizer,
         peft_config=lora_config(stage),  # type: ignore[arg-type]
     )
-    trainer.configure(stage)
+    trainer.configure(stage, len(rows), len(held_out))
     return trainer

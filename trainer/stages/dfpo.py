@@ -10,10 +10,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
@@ -55,6 +55,18 @@ class DfpoTrainer(StageLoop, DPOTrainer):
         loss = loss + self.sft_weight * sft_regulariser(log_probs[:chosen], mask[:chosen])
         return (loss, policy[0]) if return_outputs else loss
 
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        """The reference's log-probabilities of DFPO, worked out by all processes and written by the main one.
+
+        TRL puts the file beside the dataset's own. A dataset that lives in memory has none, so its file would lie in
+        a temporary folder that every process has for itself; in the stage's folder all find it, also after a resume.
+        """
+        folder = Path(str(self.args.output_dir)) / f"references-{name}"
+        if self.accelerator.is_main_process:
+            dataset.save_to_disk(folder)
+        self.accelerator.wait_for_everyone()
+        return super()._precompute_ref_logps(cast(Dataset, load_from_disk(folder)), name, batch_size)
+
 
 def dfpo_trainer(
     model: PreTrainedModel,
@@ -83,7 +95,7 @@ def dfpo_trainer(
         peft_config=lora,
         sft_weight=stage.sft_weight,
     )
-    trainer.configure(stage)
+    trainer.configure(stage, len(records), len(held_out))
     return trainer
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from datasets import load_from_disk
 from transformers import Trainer
 
 from trainer.recipe import PackedStage, StageRecipe
@@ -40,36 +39,42 @@ class StageLoop(_Base):
 
     row_lengths: list[int] | None = None
     patience = 0
+    notes: tuple[str, ...] = ()
     _aside = False
 
-    def configure(self, stage: StageRecipe) -> None:
-        """Takes the stage's patience; rows of like length share a batch, unless they are packs, which are all full."""
+    def configure(self, stage: StageRecipe, records: int, held_out: int) -> None:
+        """Takes the stage's patience, groups rows of like length, and notes what of the records is not used.
+
+        Packs are not grouped: they are all full. Raises StageError when nothing is left to learn from.
+        """
         self.patience = stage.patience
         rows: Any = self.train_dataset
+        evaluated: Any = self.eval_dataset
+        if not len(rows) or (held_out and not len(evaluated)):
+            what = f"{records} records" if not len(rows) else f"{held_out} held-out records"
+            raise StageError(
+                f"{Path(str(self.args.output_dir)).name}: of {what} none has a token to learn from within max_length "
+                f"({stage.max_length}): they are cut before their answer. Raise max_length."
+            )
         if isinstance(stage, PackedStage) and stage.packing:
-            return
-        names = [
-            name for name in ("input_ids", "prompt_ids", "chosen_ids", "rejected_ids") if name in rows.column_names
-        ]
-        columns = [[len(ids) for ids in rows[name]] for name in names]
-        self.row_lengths = [sum(lengths) for lengths in zip(*columns, strict=True)]
+            lengths = [length for pack in rows["seq_lengths"] for length in pack]
+        else:
+            columns = [
+                [len(ids) for ids in rows[name]]
+                for name in ("input_ids", "prompt_ids", "chosen_ids", "rejected_ids")
+                if name in rows.column_names
+            ]
+            lengths = self.row_lengths = [sum(row) for row in zip(*columns, strict=True)]
+        full = sum(length >= stage.max_length for length in lengths)
+        if len(lengths) < records:
+            self.notes += (f"{records - len(lengths)} of {records} records are cut before their answer and left out",)
+        if full:
+            self.notes += (f"{full} of {records} records fill max_length and may be cut; `plan` counts the tokens",)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
         together = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return EpochSampler(len(rows), together, self.args.seed, self.row_lengths)
-
-    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        """The reference's log-probabilities of DFPO, worked out by all processes and written by the main one.
-
-        TRL puts the file beside the dataset's own. A dataset that lives in memory has none, so its file would lie in
-        a temporary folder that every process has for itself; in the stage's folder all find it, also after a resume.
-        """
-        folder = Path(str(self.args.output_dir)) / f"references-{name}"
-        if self.accelerator.is_main_process:
-            dataset.save_to_disk(folder)
-        self.accelerator.wait_for_everyone()
-        return super()._precompute_ref_logps(load_from_disk(folder), name, batch_size)  # type: ignore[misc]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """TRL writes a card into every checkpoint; ours is written once, by quantize, with measured limits."""
@@ -159,6 +164,13 @@ class StageLoop(_Base):
         tied = getattr(self.model, "all_tied_weights_keys", {})
         gathered = {name: value for name, value in state_dict.items() if name not in tied} if state_dict else state_dict
         super()._save(output_dir, gathered)
+
+    def take_up(self, checkpoint: Path) -> None:
+        """The weights that a stage hands on, when it was killed after its last step."""
+        if self.args.load_best_model_at_end:
+            self._load_best_model()
+        else:
+            self._load_from_checkpoint(str(checkpoint))
 
     def _check_room(self, folder: Path) -> None:
         """Stops while the last checkpoint is still whole. Raises DiskFull."""

@@ -21,21 +21,25 @@ _DIALOGUES_PER_TASK = 8
 class Observer:
     """Writes samples.md, and for MUE the router's figures and heat map, into a run folder."""
 
-    def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerFast, questions: Sequence[Record]) -> None:
+    def __init__(
+        self, folder: Path, tokenizer: PreTrainedTokenizerFast, questions: Sequence[Record], bf16: bool = False
+    ) -> None:
         self.folder = folder
         self.tokenizer = tokenizer
         self.questions = questions
+        self.bf16 = bf16
         self._prompts = fixed_prompts(questions)
 
     def look(self, model: Any, stage: str, step: int) -> None:
         """One look at a model that this process holds whole; training is not disturbed."""
-        answers = sample(model, self.tokenizer, self._prompts)
-        append_samples(self.folder / "samples.md", stage, step, self._prompts, answers)
-        if stage == "mue":
-            self._look_at_router(model, step)
-
-    def _look_at_router(self, model: Any, step: int) -> None:
         device = next(model.parameters()).device
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+            answers = sample(model, self.tokenizer, self._prompts)
+            append_samples(self.folder / "samples.md", stage, step, self._prompts, answers)
+            if stage == "mue":
+                self._look_at_router(model, step, device)
+
+    def _look_at_router(self, model: Any, step: int, device: torch.device) -> None:
         with undisturbed(model), torch.no_grad(), observe(model) as statistics:
             for task in dict.fromkeys(record.task for record in self.questions):
                 statistics.task = task
@@ -44,7 +48,13 @@ class Observer:
                     messages = [message.model_dump() for message in record.messages or ()]
                     encoded: Any = self.tokenizer.apply_chat_template(messages, return_dict=True)
                     model(input_ids=torch.tensor([encoded["input_ids"]], device=device), logits_to_keep=1)
-        append_row(self.folder / "metrics.jsonl", {"stage": "mue", "step": step, **statistics.figures()})
+        entropy = statistics.entropy()
+        layers = {
+            name: {"usage": [round(gate, 4) for gate in gates.tolist()], "entropy": round(entropy[name], 4)}
+            for name, gates in statistics.usage().items()
+        }
+        row = {"stage": "mue", "step": step, **statistics.figures(), "router/layers": layers}
+        append_row(self.folder / "metrics.jsonl", row)
         gate_heat_map(statistics, self.folder / "plots" / "router.png")
 
 

@@ -36,7 +36,7 @@ def dialogue_trainer(
         processing_class=tokenizer,
         peft_config=peft_config,  # type: ignore[arg-type]
     )
-    trainer.configure(stage)
+    trainer.configure(stage, len(records), len(held_out))
     return trainer
 
 

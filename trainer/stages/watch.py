@@ -48,7 +48,6 @@ class Watch(TrainerCallback):
         self.metrics_file = metrics_file
         self.view = view
         self.interrupted = False
-        self.stopped_early = False
         self.tokens = 0.0
         self.flops_per_token = 0.0
         self.peak_flops = 0.0
@@ -68,9 +67,8 @@ class Watch(TrainerCallback):
         """Wall time of the stage, over all its continuations."""
         return self._earlier_seconds + time.monotonic() - self.started
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def begin(self, state: TrainerState) -> None:
+        """Takes up the stage where `state` has it."""
         if state.is_world_process_zero:
             forget_after(self.metrics_file, self.stage, state.global_step)
             earlier = [row for row in read_metrics(self.metrics_file) if row["stage"] == self.stage]
@@ -79,6 +77,14 @@ class Watch(TrainerCallback):
             self.tokens = self._earlier_tokens
             self._last = (self.tokens, 0.0)
         self.view.stage(self.stage, state.global_step, state.max_steps)
+        for row in state.log_history:
+            if "loss" in row:
+                self._smoothen(row["loss"])
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.begin(state)
         for number in (signal.SIGINT, signal.SIGTERM):
             self._signals[number] = signal.signal(number, self._interrupt)
 
@@ -92,6 +98,9 @@ class Watch(TrainerCallback):
         self.view.step(state.global_step)
         if self._anyone_interrupted(args):
             self.interrupted = control.should_save = control.should_training_stop = True
+        # A checkpoint knows its tokens, and a stage its last loss.
+        if control.should_save or control.should_evaluate or state.global_step >= state.max_steps:
+            control.should_log = True
 
     def on_log(
         self,
@@ -113,11 +122,6 @@ class Watch(TrainerCallback):
         if "loss" in figures:
             self._check_divergence(figures["loss"])
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.stopped_early = not self.interrupted and state.global_step < state.max_steps
-
     def close(self) -> None:
         """Gives the signals back."""
         for number, handler in self._signals.items():
@@ -136,10 +140,14 @@ class Watch(TrainerCallback):
         return figures
 
     def _check_divergence(self, loss: float) -> None:
+        smooth = self._smoothen(loss)
+        if smooth > _FACTOR * self._best + _NATS and self.stop is not None:
+            raise self.stop(f"the loss diverges (smoothed {smooth:.3f}, it was {self._best:.3f})")
+
+    def _smoothen(self, loss: float) -> float:
         self._smooth = loss if self._smooth is None else _SMOOTHING * loss + (1 - _SMOOTHING) * self._smooth
         self._best = min(self._best, self._smooth)
-        if self._smooth > _FACTOR * self._best + _NATS and self.stop is not None:
-            raise self.stop(f"the loss diverges (smoothed {self._smooth:.3f}, it was {self._best:.3f})")
+        return self._smooth
 
     def _anyone_interrupted(self, args: TrainingArguments) -> bool:
         """All processes must stop at the same step, whichever of them the signal reached first."""
@@ -154,7 +162,27 @@ class Watch(TrainerCallback):
             raise KeyboardInterrupt
         self.interrupted = True
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-        self.view.say(f"{name}: writing a checkpoint after this step (Ctrl-C again to leave at once)…")
+        self.view.say(f"{name}: writing a checkpoint at the next step (Ctrl-C again to leave at once)…")
+
+
+class EarlyStop(TrainerCallback):
+    """Stops after `patience` evaluations without a better held-out loss.
+
+    It counts in the trainer's own history, which every checkpoint holds, so a resumed stage stops where it would
+    have (transformers' callback starts to count again).
+    """
+
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.exhausted(state):
+            control.should_training_stop = True
+
+    def exhausted(self, state: TrainerState) -> bool:
+        """Whether the last `patience` evaluations brought nothing better."""
+        losses = [row["eval_loss"] for row in state.log_history if "eval_loss" in row]
+        return bool(losses) and len(losses) - 1 - losses.index(min(losses)) >= self.patience
 
 
 def append_row(file: Path, row: Mapping[str, Any]) -> None:
