@@ -13,6 +13,7 @@ from transformers import Trainer
 
 from trainer.recipe import PackedStage, StageRecipe
 from trainer.stages.checkpoints import forget_old, last_sound, seal, step_of
+from trainer.stages.copying import IGNORED
 from trainer.stages.sampling import EpochSampler
 
 # For the type checker the mixin is a Trainer; at run time TRL's trainer stands behind it.
@@ -34,6 +35,13 @@ def elements(parameter: torch.Tensor) -> int:
     return math.prod(packed.shape) if packed is not None else getattr(parameter, "ds_numel", parameter.numel())
 
 
+def _scored(packs: Any) -> Any:
+    """Packs with at least one scored token: a batch of cut dialogues only would have no loss. (TRL leaves out rows
+    without one, but cuts packs later.)"""
+    kept = [number for number, labels in enumerate(packs["labels"]) if any(label != IGNORED for label in labels)]
+    return packs if len(kept) == len(packs) else packs.select(kept)
+
+
 class StageLoop(_Base):
     """Put before TRL's trainer in the bases. `row_lengths` groups rows of like length; None shuffles them."""
 
@@ -48,6 +56,9 @@ class StageLoop(_Base):
         Packs are not grouped: they are all full. Raises StageError when nothing is left to learn from.
         """
         self.patience = stage.patience
+        packed = isinstance(stage, PackedStage) and stage.packing
+        if packed:
+            self.train_dataset = _scored(self.train_dataset)
         rows: Any = self.train_dataset
         evaluated: Any = self.eval_dataset
         if not len(rows) or (held_out and not len(evaluated)):
@@ -56,7 +67,7 @@ class StageLoop(_Base):
                 f"{Path(str(self.args.output_dir)).name}: of {what} none has a token to learn from within max_length "
                 f"({stage.max_length}): they are cut before their answer. Raise max_length."
             )
-        if isinstance(stage, PackedStage) and stage.packing:
+        if packed:
             lengths = [length for pack in rows["seq_lengths"] for length in pack]
         else:
             columns = [
