@@ -23,10 +23,9 @@ from typing import Any
 import torch
 from rich.console import Console
 from sft_throughput import PASSAGES, build_data, print_table, write_base
-from transformers import AutoTokenizer
 
 from trainer.corpus.record import CorpusError
-from trainer.origin import load_model, on_gpu
+from trainer.origin import load_model, load_tokenizer, on_gpu
 from trainer.plan import StagePlan, find_device, plan
 from trainer.planning.flops import peak_flops
 from trainer.planning.prepare import quieten_libraries
@@ -62,16 +61,16 @@ def train(recipe: Recipe, name: str, planned: StagePlan, corpus: Path) -> dict[s
     """Figures of one stage; the first half of the steps is warm-up. Peak memory and MFU are None without a GPU."""
     gpu = on_gpu(recipe)
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = AutoTokenizer.from_pretrained(recipe.base, local_files_only=True)
         assert recipe.base is not None
+        tokenizer = load_tokenizer(Path(recipe.base))
         model = load_model(recipe.base, recipe, tokenizer, recipe.stage(name))
         trainer = stage_trainer(name, model, tokenizer, recipe, corpus, Path(folder) / name)
         trainer.args.save_strategy = "no"
         metrics = Path(folder) / "metrics.jsonl"
-        peak = fit(trainer, name, metrics, View(Console(quiet=True)), gpu)["peak_memory_bytes"]
+        fitted, _ = fit(trainer, name, metrics, View(Console(quiet=True)), gpu)
         logged = [row["tokens_per_second"] for row in read_metrics(metrics) if "tokens_per_second" in row]
     speed, best = median(logged[len(logged) // 2 :]), peak_flops(torch.cuda.get_device_name()) if gpu else 0.0
-    allocated = planned.memory["single"].allocated
+    peak, allocated = fitted["peak_memory_bytes"], planned.memory["single"].allocated
     return {
         "tokens_per_second": speed,
         "mfu": speed * planned.flops_per_token / best if best else None,

@@ -29,7 +29,6 @@ import torch
 from datasets import Dataset
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedTokenizerFast,
     PrinterCallback,
     Qwen3Config,
@@ -43,10 +42,10 @@ from trainer.corpus.build import build_corpus, write_corpus
 from trainer.corpus.cards import Card, load_cards
 from trainer.corpus.phrasing import Phrasing
 from trainer.corpus.record import Message, Record, Source, Task
-from trainer.origin import load_model
-from trainer.planning.prepare import load_tokenizer, quieten_libraries
+from trainer.origin import load_model, load_tokenizer, make_tokenizer
+from trainer.planning.prepare import quieten_libraries
 from trainer.recipe import PackedStage, Recipe, load_recipe
-from trainer.stages.build import stage_records, stage_trainer
+from trainer.stages.build import stage_records, stage_trainer, tokenizer_texts
 
 COLUMNS = ("dialogues", "variant", "tokens/s", "× TRL", "range", "seconds", "steps")
 TRL, OURS = "TRL's defaults", "ours"
@@ -150,7 +149,7 @@ def build_data(work: Path, short: int, passages: int, seed: int = 3) -> tuple[di
     assert recipe.corpus.cards is not None
     written = {"sft": questions(load_cards(recipe.corpus.cards), short, seed)}
     write_corpus(folders[QUESTIONS], written, {"name": "questions", "seed": seed})
-    return folders, load_tokenizer(recipe, folders[PASSAGES])
+    return folders, make_tokenizer(recipe, tokenizer_texts(folders[PASSAGES]))
 
 
 def write_base(folder: Path, shape: dict[str, int], tokenizer: PreTrainedTokenizerFast, device: str) -> int:
@@ -183,7 +182,7 @@ def recipe_of(variant: Variant, base: Path, device: str) -> Recipe:
 
 def our_trainer(variant: Variant, base: Path, corpus: Path, output: Path, device: str) -> Any:
     """The trainer of the SFT stage as a run would build it; it writes no checkpoints."""
-    recipe, tokenizer = recipe_of(variant, base, device), _tokenizer(base)
+    recipe, tokenizer = recipe_of(variant, base, device), load_tokenizer(base)
     model = load_model(base, recipe, tokenizer, recipe.stages.sft)
     trainer = stage_trainer("sft", model, tokenizer, recipe, corpus, output)
     trainer.args.save_strategy = "no"
@@ -211,7 +210,7 @@ def trl_trainer(base: Path, corpus: Path, output: Path, device: str, accumulatio
             disable_tqdm=True,
         ),
         train_dataset=Dataset.from_list(rows),
-        processing_class=_tokenizer(base),
+        processing_class=load_tokenizer(base),
     )
 
 
@@ -232,7 +231,7 @@ def measure(base: Path, corpus: Path, device: str, variants: Sequence[Variant], 
     {"lengths", "mean_length", "variants": {variant: {"tokens_per_second", "over_trl", "over_trl_range", "tokens",
     "seconds", "steps"}}}; `lengths` are the dialogues' tokens at 5, 10, … 95 % of them.
     """
-    tokenizer = _tokenizer(base)
+    tokenizer = load_tokenizer(base)
     lengths = [_length(record, tokenizer) for record in stage_records("sft", corpus)]
     stage = recipe_of(variants[0], base, device).stages.sft
     accumulation = max(1, round(rows_in_a_step(stage, fmean(lengths)) / SFTConfig.per_device_train_batch_size))
@@ -333,10 +332,6 @@ def _now() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
-
-
-def _tokenizer(base: Path) -> PreTrainedTokenizerFast:
-    return AutoTokenizer.from_pretrained(base, local_files_only=True)
 
 
 def _length(record: Record, tokenizer: PreTrainedTokenizerFast) -> int:

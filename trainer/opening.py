@@ -32,7 +32,14 @@ def check_machine(recipe: Recipe) -> None:
             raise RecipeError(
                 f"The recipe uses {package}, which is not installed. Add it with: pip install 'pediatricsgpt[{extra}]'."
             )
-    if parse_flag_from_env("ACCELERATE_USE_FSDP") and parse_flag_from_env("FSDP_ACTIVATION_CHECKPOINTING"):
+    sharded = parse_flag_from_env("ACCELERATE_USE_FSDP")
+    small = [name for name in STAGES if "8bit" in recipe.stage(name).optimizer]
+    if sharded and small:
+        raise RecipeError(
+            f"stages.{small[0]}.optimizer: bitsandbytes' 8-bit optimizers cannot update weights that FSDP shards. "
+            "Take optimizer: adamw; its states are sharded already."
+        )
+    if sharded and parse_flag_from_env("FSDP_ACTIVATION_CHECKPOINTING"):
         # It repeats a layer with other random numbers, so the routers' noise would get gradients of another noise.
         raise RecipeError(
             "FSDP's own activation checkpointing does not keep the random state, which MUE's router noise needs. Set "

@@ -134,7 +134,7 @@ def load_model(
             # At its first evaluation on a CPU bitsandbytes would repack 4-bit weights into a form without a backward
             # pass, and training after it would silently lose gradients.
             module.support_avx512bf16_for_cpu = False
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = model.get_input_embeddings().num_embeddings
     if not (stage and stage.load_in_4bit) and len(tokenizer) > rows:
         raise RecipeError(
             f"The tokenizer has {len(tokenizer)} tokens, but the model {folder} only {rows} embeddings: they do not "

@@ -79,11 +79,14 @@ def _train(arguments, argv: list[str]) -> int:  # noqa: ANN001  (argparse.Namesp
         return fail(error)
     try:
         run.execute(arguments.accept_changes)
-    except (CorpusError, RecipeError, RunError, StageError, HeldOutError, MueError, ReportError, OSError) as error:
+    except StageError as error:  # the process whose batch it was knows most
         return fail(error)
+    except (CorpusError, RecipeError, RunError, HeldOutError, MueError, ReportError, OSError) as error:
+        return fail(error) if run.processes.is_main_process else 2
     except (Interrupted, KeyboardInterrupt):
-        command = shlex.join(["pediatricsgpt", "train", *argv])
-        console.print(f"Stopped. `{command}` continues from the last checkpoint.", soft_wrap=True)
+        alone = run.processes.num_processes == 1
+        command = f"`{shlex.join(['pediatricsgpt', 'train', *argv])}`" if alone else "The same launcher command"
+        console.print(f"Stopped. {command} continues from the last checkpoint.", soft_wrap=True)
         return 130
     stages = run.folder.record["stages"]
     for stage, result in stages.items():

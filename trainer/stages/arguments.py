@@ -44,8 +44,6 @@ def training_arguments(recipe: Recipe, stage: StageRecipe, checkpoints: Path) ->
         "ddp_find_unused_parameters": False,
         "ddp_timeout": 7200,  # rank 0 writes checkpoints and samples while the others wait
     }
-    if stage.activation_checkpointing:
-        arguments["activation_checkpointing_kwargs"] = {"use_reentrant": False}
     if isinstance(stage, PackedStage) and stage.packing:
         # CPT's texts were split before, none of their tokens is lost (stages/cpt.py); dialogues are cut at max_length.
         arguments |= {"packing": True, "packing_strategy": "bfd", "eval_packing": False}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from datasets import Dataset, load_from_disk
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from trl.trainer.dpo_config import DPOConfig
@@ -80,14 +81,16 @@ def dfpo_trainer(
     step; without `precompute_reference` a copy (or the model with its LoRA off) answers at every step."""
     stage = recipe.stages.dfpo
     lora = lora_config(stage)
+    # Before its first step FSDP has a model with LoRA still on the CPU; switched off it answers at every step.
+    precompute = stage.precompute_reference and not (lora and parse_flag_from_env("ACCELERATE_USE_FSDP"))
     trainer = DfpoTrainer(
         model=model,
-        ref_model=None if lora or stage.precompute_reference else copy.deepcopy(model),
+        ref_model=None if lora or precompute else copy.deepcopy(model),
         args=DPOConfig(
             **training_arguments(recipe, stage, checkpoints),
             beta=stage.beta,
             loss_type=["sigmoid"],
-            precompute_ref_log_probs=stage.precompute_reference,
+            precompute_ref_log_probs=precompute,
         ),
         train_dataset=_pairs(records),
         eval_dataset=_pairs(held_out) if held_out else None,
