@@ -110,8 +110,9 @@ class Draft:
     def record(self, name: str) -> Record:
         """The record of the corpus file `name`.
 
-        A medical dialogue gets the task's own short sentence as its system message, as the app would send it; the
-        app's whole one speaks of passages, which these records do not have. General dialogues have none.
+        A medical dialogue gets the task's own short sentence as its system message, so that the routers see the
+        task as they do in the app; the rest of the app's is left out because it would be as long as the records.
+        General dialogues have none.
         """
         split: Split = "held_out_questions" if self.held_out else "train"
         project, licence = _LICENCES[self.source]

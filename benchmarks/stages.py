@@ -108,7 +108,8 @@ def plain_lora(recipe: Recipe, folder: Path, factor: float) -> dict[str, Any]:
     checkpoints = folder / "checkpoints" / f"lora-{factor:g}"
     records = stage_records("mue", corpus)
     trainer = dialogue_trainer(model, tokenizer, recipe, stage, records, [], checkpoints, config)
-    fitted, _ = fit(trainer, f"lora-{factor:g}", folder / f"lora-{factor:g}.jsonl", View(Console(quiet=True)), gpu=False)
+    metrics = folder / f"lora-{factor:g}.jsonl"
+    fitted, _ = fit(trainer, f"lora-{factor:g}", metrics, View(Console(quiet=True)), gpu=False)
     adapted: Any = trainer.model
     figures = measure(adapted, tokenizer, load_held_out(corpus), stage.max_length, bf16=recipe.bf16)
     shutil.rmtree(checkpoints, ignore_errors=True)

@@ -102,7 +102,7 @@ def main() -> int:
     """Prints the tables and the goals, or one JSON object; exit code 1 when a goal is missed, 2 for bad settings."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--threads", type=int, help="of the processor (default: torch's; 1 beside other heavy work)")
+    parser.add_argument("--threads", type=int, help="of the processor (default: torch's; 1 beside other load)")
     parser.add_argument("--quick", action="store_true", help="small sizes, within a minute")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
@@ -114,7 +114,7 @@ def main() -> int:
     started = time.monotonic()
     try:
         figures = run(arguments.device, arguments.quick)
-    except (RecipeError, CorpusError, ImportError) as error:
+    except (RecipeError, CorpusError, ImportError, torch.OutOfMemoryError) as error:
         print(f"training: {error}", file=sys.stderr)
         return 2
     goals = [Goal(**{key: value for key, value in goal.items() if key != "held"}) for goal in figures["goals"]]

@@ -34,19 +34,33 @@ def _layers(of_mue: dict[str, float]) -> dict[str, Any]:
 
 def test_sft_throughput_trains_both_sides_on_the_same_tokens(training: ModuleType) -> None:
     sft = training.sft_throughput
-    figures = sft.run("cpu", short=9, passages=8, rounds=2, shape=TINY)
+    figures = sft.run("cpu", short=9, passages=8, rounds=1, shape=TINY)
 
-    assert set(figures["dialogues"]) == {"short questions", "with passages"}
+    assert set(figures["dialogues"]) == {sft.QUESTIONS, sft.PASSAGES}
     for found in figures["dialogues"].values():
         ours, theirs = found["variants"][sft.OURS], found["variants"][sft.TRL]
         assert ours["tokens"] == theirs["tokens"] > 0
         assert ours["steps"] == theirs["steps"]
-        assert ours["tokens_per_second"] > 0
-        low, high = ours["over_trl_range"]
-        assert low <= ours["over_trl"] <= high
-        assert theirs["over_trl_range"] == [1.0, 1.0]
-    assert figures["dialogues"]["short questions"]["variants"][sft.OURS]["steps"] == math.ceil(9 / 8)
+        assert ours["over_trl"] == pytest.approx(ours["tokens_per_second"] / theirs["tokens_per_second"])
+    assert figures["dialogues"][sft.QUESTIONS]["variants"][sft.OURS]["steps"] == math.ceil(9 / 8)
     assert [len(row) for row in sft.rows(figures)] == [len(sft.COLUMNS)] * 4
+
+
+def test_the_gpu_settings_train_the_same_tokens(
+    training: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """On a processor: packs, rows in batches and TRL's rows, accumulated to steps of like size."""
+    sft = training.sft_throughput
+    load, theirs = sft.load_recipe, sft.trl_trainer
+    monkeypatch.setattr(sft, "load_recipe", lambda path, keys: load(path, [*keys, "device=cpu"]))
+    monkeypatch.setattr(sft, "trl_trainer", lambda *given: theirs(*given[:3], "cpu", given[4]))
+    folders, tokenizer = sft.build_data(tmp_path, 12, 2)
+    sft.write_base(tmp_path / "base", TINY, tokenizer, "cpu")
+    grouped = next(variant for variant in sft.ABLATIONS["cuda"] if "packing=false" in variant.overrides)
+    found = sft.measure(tmp_path / "base", folders[sft.QUESTIONS], "cuda", [sft.Variant(sft.OURS), grouped], 1)
+
+    assert len({figure["tokens"] for figure in found["variants"].values()}) == 1
+    assert len(found["variants"]) == 3
 
 
 def test_every_ablation_is_a_recipe_and_differs_from_ours_in_its_settings(training: ModuleType) -> None:
@@ -71,7 +85,7 @@ def test_trl_is_left_at_its_defaults(training: ModuleType, tmp_path: Path) -> No
     sft = training.sft_throughput
     folders, tokenizer = sft.build_data(tmp_path, 4, 4)
     sft.write_base(tmp_path / "base", TINY, tokenizer, "cpu")
-    arguments = sft.trl_trainer(tmp_path / "base", folders["short questions"], tmp_path, "cpu", 1).args
+    arguments = sft.trl_trainer(tmp_path / "base", folders[sft.QUESTIONS], tmp_path, "cpu", 1).args
 
     assert (arguments.per_device_train_batch_size, arguments.max_length) == (8, 1024)
     assert arguments.activation_checkpointing

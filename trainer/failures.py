@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from accelerate.utils import parse_flag_from_env
 
 from trainer.folder import RunError
 from trainer.recipe import DenseStage, StageRecipe
@@ -30,19 +31,21 @@ def explained(error: Exception, folder: Path, name: str | None, stage: StageReci
 
 def _memory_advice(name: str, stage: StageRecipe) -> str:
     steps = []
+    if not stage.activation_checkpointing:
+        steps.append(f"stages.{name}.activation_checkpointing=true (about a third slower)")
     if stage.batch_size > 1:
         steps.append(
             f"stages.{name}.batch_size={stage.batch_size // 2} "
             f"stages.{name}.gradient_accumulation={stage.gradient_accumulation * 2} (same steps, less at a time)"
         )
-    if not stage.activation_checkpointing:
-        steps.append(f"stages.{name}.activation_checkpointing=true (about a third slower)")
     if isinstance(stage, DenseStage) and stage.method == "full":
-        steps.append(f"stages.{name}.optimizer=adamw_8bit, or stages.{name}.method=lora")
+        sharded = parse_flag_from_env("ACCELERATE_USE_FSDP")
+        small = "" if sharded else f"stages.{name}.optimizer=adamw_8bit, or "
+        steps.append(f"{small}stages.{name}.method=lora")
     elif not stage.load_in_4bit:
         steps.append(f"stages.{name}.load_in_4bit=true")
     steps.append(f"stages.{name}.max_length={stage.max_length // 2} (cuts more off: see `pediatricsgpt plan`)")
     return (
-        f"{name.upper()} does not fit into memory. In this order, one at a time, with --accept-changes:\n  "
-        + "\n  ".join(steps)
+        f"{name.upper()} does not fit into memory. In this order, one at a time, with --accept-changes (the stage "
+        "starts again, and later stages that do not say otherwise inherit the change):\n  " + "\n  ".join(steps)
     )

@@ -98,6 +98,17 @@ class RunFolder:
         with lock:
             yield
 
+    def check_base(self, recipe: Recipe) -> None:
+        """Raises RunError when the base was replaced before the first stage was done with it."""
+        known = self.record.get("base_sha256")
+        if known and not self.done(STAGES[0]) and digests(Path(recipe.base or "")) != known:
+            raise RunError(f"The base {recipe.base} is not the one that this run began with. Give another --output.")
+
+    def tidy(self) -> None:
+        """Removes the checkpoints of stages that are done: a kill may have come before that."""
+        for name in self.record["stages"]:
+            shutil.rmtree(self.checkpoints(name), ignore_errors=True)
+
     def check_stage(self, name: str) -> None:
         """Raises RunError when a finished stage's files are not as it left them."""
         for file, digest in self.record["stages"][name]["files"].items():

@@ -20,6 +20,7 @@ from trainer.planning.shapes import stage_parameters
 from trainer.recipe import STAGES, Recipe, RecipeError
 from trainer.stages.build import evaluation_file, stage_records, tokenizer_texts
 
+_ATTENTION = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 _SENTENCEPIECE = "tokenizer.model"  # its scores are what a GGUF file of such a vocabulary needs
 
 
@@ -32,6 +33,12 @@ def check_machine(recipe: Recipe) -> None:
             raise RecipeError(
                 f"The recipe uses {package}, which is not installed. Add it with: pip install 'pediatricsgpt[{extra}]'."
             )
+    package = _ATTENTION.get(recipe.attention)
+    if package and find_spec(package) is None:
+        raise RecipeError(
+            f"attention: {recipe.attention} needs {package}, which is not installed (pip install flash-attn, on a "
+            "machine with CUDA). attention: sdpa works everywhere."
+        )
     sharded = parse_flag_from_env("ACCELERATE_USE_FSDP")
     small = [name for name in STAGES if "8bit" in recipe.stage(name).optimizer]
     if sharded and small:
@@ -55,16 +62,19 @@ def open_run(
 
     Raises RunError, CorpusError, RecipeError.
     """
+    _check_targets(recipe)
     if folder.read():
         folder.check_recipe(recipe, accept_changes, console)
         # A run goes on with the corpus it began with. Cards or phrasings that changed since would make another one.
         if not (corpus / MANIFEST).exists():
             _make_corpus(recipe, corpus, console)
         folder.check_corpus(corpus)
+        _check_files(recipe, corpus)
+        folder.check_base(recipe)
+        folder.tidy()
         done = ", ".join(folder.record["stages"]) or "none"
         console.print(f"Continuing {folder.path} (stages done: {done})", soft_wrap=True)
     else:
-        _check_targets(recipe)
         _make_corpus(recipe, corpus, console)
         _check_files(recipe, corpus)
         _check_disk(recipe, folder.path)
@@ -89,7 +99,13 @@ def _check_targets(recipe: Recipe) -> None:
 def _make_corpus(recipe: Recipe, corpus: Path, console: Console) -> None:
     if recipe.corpus.records:
         check_records(corpus)
-    elif not is_current(corpus, recipe):
+    elif (corpus / MANIFEST).exists() and not is_current(corpus, recipe):
+        # Another run may go on with it.
+        raise CorpusError(
+            f"{corpus} was built from another recipe, other cards or another seed. Give another --corpus FOLDER, or "
+            "replace it: pediatricsgpt corpus RECIPE."
+        )
+    elif not (corpus / MANIFEST).exists():
         console.print(f"Building the corpus {corpus} …")
         build_corpus(recipe, corpus)
 
@@ -107,7 +123,9 @@ def _check_files(recipe: Recipe, corpus: Path) -> None:
 
 
 def _check_disk(recipe: Recipe, folder: Path) -> None:
-    needed, free = disk(recipe).total, shutil.disk_usage(folder).free
+    base = Path(recipe.base or "")
+    converted = sum(file.stat().st_size for file in base.iterdir()) if recipe.base and is_baichuan(base) else 0
+    needed, free = disk(recipe).total + converted, shutil.disk_usage(folder).free
     if free < needed:
         raise RunError(
             f"{folder} needs {needed / 2**30:.1f} GiB for its stages and checkpoints, but {free / 2**30:.1f} GiB are "

@@ -64,10 +64,12 @@ class Run:
                 tokenizer = self._open(accept_changes)
                 self._measure("start", tokenizer)
                 with View(self.console) as view:
-                    for stage in STAGES:
-                        if not self.folder.done(stage):
-                            self._stage(stage, tokenizer, view)
-                        self._measure(stage, tokenizer)
+                    for name in STAGES:
+                        if not self.folder.done(name):
+                            stage = name
+                            self._stage(name, tokenizer, view)
+                        stage = None  # what fails from here on is no setting of the stage
+                        self._measure(name, tokenizer)
                 self._report()
         except (RuntimeError, OSError, SafetensorError) as error:
             known = explained(error, self.folder.path, stage, self.recipe.stage(stage) if stage else None)

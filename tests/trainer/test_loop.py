@@ -7,12 +7,14 @@ import json
 import shutil
 import signal
 from collections import namedtuple
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainerState
 from trl.trainer.sft_trainer import SFTTrainer
 
@@ -58,10 +60,11 @@ def _recipe(*changes: str) -> Recipe:
     return load_recipe(TINY, ["loggers=[]", "stages.cpt.copy_exercises=0", "stages.cpt.batch_size=4", *changes])
 
 
-def _trainer(folder: Path, *changes: str) -> TextTrainer:
+def _trainer(folder: Path, *changes: str, held_out: Sequence[Record] = ()) -> TextTrainer:
     recipe = _recipe(*changes)
     tokenizer = train_tokenizer(TEXTS, TokenizerRecipe(vocab_size=400), 128)
-    return cpt_trainer(new_model(recipe, tokenizer), tokenizer, recipe, RECORDS, [], folder / "checkpoints" / "cpt")
+    model = new_model(recipe, tokenizer)
+    return cpt_trainer(model, tokenizer, recipe, RECORDS, held_out, folder / "checkpoints" / "cpt")
 
 
 def _poison(trainer: TextTrainer, step: int, where: str) -> None:
@@ -251,3 +254,27 @@ def test_a_signal_in_the_last_step_is_not_lost(tmp_path: Path) -> None:
     trainer.add_callback(Late())
     result, interrupted = _fit(trainer, tmp_path)
     assert (result["steps"], interrupted) == (2, True)
+
+
+def test_the_best_weights_are_handed_on_also_after_the_folder_was_moved(tmp_path: Path) -> None:
+    changes = (
+        "stages.cpt.save_every=2",
+        "stages.cpt.evaluate_every=2",
+        "stages.cpt.keep=best",
+        "stages.cpt.max_steps=4",
+    )
+    first = _trainer(tmp_path / "here", *changes, held_out=RECORDS[:4])
+    first.evaluate = lambda *a, **k: {"eval_loss": float(first.state.global_step)}  # type: ignore[method-assign]
+    first.train()
+    (tmp_path / "here").rename(tmp_path / "there")
+    second = _trainer(tmp_path / "there", *changes, held_out=RECORDS[:4])
+    result, _ = _fit(second, tmp_path)
+    assert result["best_step"] == 2
+    best = load_file(tmp_path / "there" / "checkpoints" / "cpt" / "checkpoint-2" / "model.safetensors")
+    weights = second.model.state_dict()  # type: ignore[union-attr]
+    for name, weight in best.items():
+        assert weights[name].equal(weight)
+    damaged = tmp_path / "there" / "checkpoints" / "cpt" / "checkpoint-2" / "model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    with pytest.raises(StageError, match="keep=last"):
+        _fit(_trainer(tmp_path / "there", *changes, held_out=RECORDS[:4]), tmp_path)

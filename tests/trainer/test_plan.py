@@ -278,10 +278,9 @@ def test_the_corpus_is_built_if_it_is_not_there(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
-    code, out, err = _run("--gpu-memory", "24", capsys=capsys)
+    code, out, _ = _run("--gpu-memory", "24", capsys=capsys)
     assert code == 0
     assert (tmp_path / "PedCorpus" / "tiny" / "manifest.json").exists()
-    assert "built the corpus" in err
     assert "full" in out
 
 

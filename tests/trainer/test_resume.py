@@ -23,6 +23,7 @@ CHANGES = [
     *(f"stages.{stage}.batch_size=4" for stage in STAGES),
     *(f"stages.{stage}.save_every=3" for stage in STAGES),
     *("stages.sft.evaluate_every=6", "stages.sft.patience=1", "stages.dfpo.patience=0", "stages.dfpo.evaluate_every=0"),
+    *("stages.mue.evaluate_every=3", "stages.mue.keep=best"),
     *(f"stages.{stage}.epochs=2" for stage in STAGES),
     *("corpus.texts=24", "corpus.selections=8", "corpus.dialogues=16", "corpus.preferences=16"),
     *("corpus.task_dialogues=24", "stages.cpt.copy_exercises=8", "corpus.held_out=4"),

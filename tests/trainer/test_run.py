@@ -34,7 +34,7 @@ def _run(folder: Path, *changes: str) -> Run:
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
             [],
-            r"stages.cpt.batch_size=8 stages.cpt.gradient_accumulation=2(.|\n)*activation_checkpointing=true",
+            r"activation_checkpointing=true(.|\n)*stages.cpt.batch_size=8 stages.cpt.gradient_accumulation=2",
         ),
         (
             RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),

@@ -68,16 +68,14 @@ def main(argv: list[str]) -> int:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
         with console.status("loading the training libraries") as status:
             from trainer import plan as planner
-            from trainer.planning.prepare import prepare_corpus, quieten_libraries
+            from trainer.planning.prepare import prepared_corpus, quieten_libraries
 
             quieten_libraries()
-            corpus = arguments.corpus or default_corpus(recipe)
             status.update("building the corpus")
-            if prepare_corpus(recipe, corpus):
-                console.print(f"built the corpus {corpus}", style="dim")
-            plan = planner.plan(
-                recipe, corpus, arguments.processes, arguments.gpu_memory, arguments.probe, status.update
-            )
+            with prepared_corpus(recipe, arguments.corpus or default_corpus(recipe)) as corpus:
+                plan = planner.plan(
+                    recipe, corpus, arguments.processes, arguments.gpu_memory, arguments.probe, status.update
+                )
     except (RecipeError, CorpusError, OSError) as error:
         return fail(error)
     if arguments.json:
@@ -187,7 +185,7 @@ def _print_verdict(plan: Plan, console: Console) -> None:
     for step in plan.advice:
         change = " ".join(step.overrides) or (
             f"or {step.stage} on {step.processes} GPUs: accelerate launch with FSDP2, and the batch_size, "
-            "activation_checkpointing and optimizer above"
+            "activation_checkpointing above (the 8-bit optimizers cannot be sharded)"
         )
         console.print(f"  {_mark(step.fits)} {_size(step.memory.total):>9}  {change}", highlight=False, soft_wrap=True)
     if plan.overrides:

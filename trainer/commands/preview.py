@@ -54,16 +54,14 @@ def main(argv: list[str]) -> int:
     try:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
         with status_console.status("loading the training libraries") as status:
-            from trainer.planning.prepare import prepare_corpus, quieten_libraries
+            from trainer.planning.prepare import prepared_corpus, quieten_libraries
             from trainer.preview import preview
 
             quieten_libraries()
-            corpus = arguments.corpus or default_corpus(recipe)
             status.update("building the corpus")
-            if prepare_corpus(recipe, corpus):
-                status_console.print(f"built the corpus {corpus}", style="dim")
-            status.update(f"building the trainer of {arguments.stage}")
-            shown = preview(recipe, corpus, arguments.stage, arguments.n, arguments.seed)
+            with prepared_corpus(recipe, arguments.corpus or default_corpus(recipe)) as corpus:
+                status.update(f"building the trainer of {arguments.stage}")
+                shown = preview(recipe, corpus, arguments.stage, arguments.n, arguments.seed)
     except (RecipeError, CorpusError, OSError) as error:
         return fail(error)
     if arguments.json:

@@ -34,7 +34,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("-o", "--output", type=Path, help="run folder (default: runs/NAME)")
     parser.add_argument("--corpus", type=Path, help="corpus folder (default: PedCorpus/NAME)")
     parser.add_argument("--list", action="store_true", help="list the shipped recipes")
-    parser.add_argument("--dry-run", action="store_true", help="check everything and print the plan, train nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the plan (`pediatricsgpt plan`) and train nothing"
+    )
     parser.add_argument(
         "--accept-changes",
         action="store_true",
@@ -90,9 +92,8 @@ def _train(arguments, argv: list[str]) -> int:  # noqa: ANN001  (argparse.Namesp
         return 130
     stages = run.folder.record["stages"]
     for stage, result in stages.items():
-        console.print(
-            f"{stage.upper():<5} {result['steps']:>6} steps  loss {result['loss']:.3f}  {result['seconds']:>7.1f} s"
-        )
+        loss = "–" if result["loss"] is None else f"{result['loss']:.3f}"
+        console.print(f"{stage.upper():<5} {result['steps']:>6} steps  loss {loss}  {result['seconds']:>7.1f} s")
     console.print(f"wrote {folder} (report.md, samples.md); next: pediatricsgpt quantize {folder}", soft_wrap=True)
     if arguments.json and run.processes.is_main_process:
         print(json.dumps({"folder": str(folder), "stages": stages, "held_out": run.folder.record["held_out"]}))

@@ -4,30 +4,38 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import datasets
 from transformers import PreTrainedTokenizerFast
 from transformers import logging as transformers_logging
 
-from trainer.corpus.build import build_corpus, check_records, is_current
+from trainer.corpus.build import MANIFEST, build_corpus, check_records, is_current
 from trainer.origin import make_tokenizer
 from trainer.recipe import Recipe
 from trainer.stages.build import tokenizer_texts
 
 
-def prepare_corpus(recipe: Recipe, folder: Path) -> bool:
-    """Checks a finished corpus, or builds one from the cards if it is not there; returns whether it was built.
+@contextmanager
+def prepared_corpus(recipe: Recipe, folder: Path) -> Iterator[Path]:
+    """A finished corpus is checked, one that is not there is built from the cards.
 
-    Raises CorpusError.
+    What stands in `folder` for another recipe, other cards or another seed is left alone: runs may go on with it.
+    Then the corpus is built in a temporary folder. Raises CorpusError.
     """
     if recipe.corpus.records:
         check_records(folder)
-        return False
-    if is_current(folder, recipe):
-        return False
-    build_corpus(recipe, folder)
-    return True
+    elif not (folder / MANIFEST).exists():
+        build_corpus(recipe, folder)
+    elif not is_current(folder, recipe):
+        with TemporaryDirectory() as temporary:
+            build_corpus(recipe, Path(temporary) / folder.name)
+            yield Path(temporary) / folder.name
+        return
+    yield folder
 
 
 def load_tokenizer(recipe: Recipe, corpus: Path) -> PreTrainedTokenizerFast:

@@ -169,8 +169,8 @@ def _padding(recipe: Recipe, stage: StageRecipe, rows: Sequence[Row], whole: Seq
     `whole` are the same rows before truncation.
     """
     together = stage.batch_size * stage.gradient_accumulation * processes
-    if isinstance(stage, DfpoRecipe):  # grouped by what a pair holds before truncation, the prompt once
-        sizes = [len(chosen) + int(rejected.sum()) for chosen, rejected in whole]
+    if isinstance(stage, DfpoRecipe):  # grouped by the longer side before truncation
+        sizes = [max(len(chosen), len(rejected)) for chosen, rejected in whole]
     else:
         sizes = [len(scored) for (scored,) in rows]
     order = list(EpochSampler(len(rows), together, recipe.seed, sizes))

@@ -55,6 +55,12 @@ def last_sound(folder: Path) -> tuple[Path | None, list[str]]:
     return None, warnings
 
 
+def newest_sound(folder: Path) -> Path | None:
+    """The newest checkpoint that is whole; nothing is moved."""
+    found = sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True)
+    return next((path for path in found if damaged_file(path) is None), None)
+
+
 def step_of(checkpoint: Path) -> int:
     """Number of the step in a checkpoint's name."""
     return int(checkpoint.name.removeprefix("checkpoint-"))

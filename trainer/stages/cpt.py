@@ -72,5 +72,5 @@ def cpt_trainer(
         processing_class=tokenizer,
         peft_config=lora_config(stage),  # type: ignore[arg-type]
     )
-    trainer.configure(stage, len(rows), len(held_out))
+    trainer.configure(stage, len(rows), len(held_out), cut=False)
     return trainer

@@ -12,7 +12,7 @@ import torch
 from transformers import Trainer
 
 from trainer.recipe import PackedStage, StageRecipe
-from trainer.stages.checkpoints import forget_old, last_sound, seal, step_of
+from trainer.stages.checkpoints import damaged_file, forget_old, newest_sound, seal, step_of
 from trainer.stages.copying import IGNORED
 from trainer.stages.sampling import EpochSampler
 
@@ -35,6 +35,24 @@ def elements(parameter: torch.Tensor) -> int:
     return math.prod(packed.shape) if packed is not None else getattr(parameter, "ds_numel", parameter.numel())
 
 
+def _lengths(rows: Any) -> list[int]:
+    """Tokens of each row; of a pair's, the prompt with the longer answer."""
+    if "input_ids" in rows.column_names:
+        return [len(ids) for ids in rows["input_ids"]]
+    columns = (rows[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
+    return [len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected in zip(*columns, strict=True)]
+
+
+def _notes(records: int, lengths: list[int], stage: StageRecipe) -> tuple[str, ...]:
+    """What max_length takes from the records."""
+    notes = ()
+    if len(lengths) < records:
+        notes += (f"{records - len(lengths)} of {records} records are cut before their answer and left out",)
+    if full := sum(length >= stage.max_length for length in lengths):
+        notes += (f"{full} of {records} records fill max_length and may be cut; `plan` counts the tokens",)
+    return notes
+
+
 def _scored(packs: Any) -> Any:
     """Packs with at least one scored token: a batch of cut dialogues only would have no loss. (TRL leaves out rows
     without one, but cuts packs later.)"""
@@ -50,10 +68,11 @@ class StageLoop(_Base):
     notes: tuple[str, ...] = ()
     _aside = False
 
-    def configure(self, stage: StageRecipe, records: int, held_out: int) -> None:
+    def configure(self, stage: StageRecipe, records: int, held_out: int, *, cut: bool = True) -> None:
         """Takes the stage's patience, groups rows of like length, and notes what of the records is not used.
 
-        Packs are not grouped: they are all full. Raises StageError when nothing is left to learn from.
+        Packs are not grouped: they are all full. `cut`: whether long records are cut at max_length. Raises StageError
+        when nothing is left to learn from.
         """
         self.patience = stage.patience
         packed = isinstance(stage, PackedStage) and stage.packing
@@ -70,17 +89,8 @@ class StageLoop(_Base):
         if packed:
             lengths = [length for pack in rows["seq_lengths"] for length in pack]
         else:
-            columns = [
-                [len(ids) for ids in rows[name]]
-                for name in ("input_ids", "prompt_ids", "chosen_ids", "rejected_ids")
-                if name in rows.column_names
-            ]
-            lengths = self.row_lengths = [sum(row) for row in zip(*columns, strict=True)]
-        full = sum(length >= stage.max_length for length in lengths)
-        if len(lengths) < records:
-            self.notes += (f"{records - len(lengths)} of {records} records are cut before their answer and left out",)
-        if full:
-            self.notes += (f"{full} of {records} records fill max_length and may be cut; `plan` counts the tokens",)
+            lengths = self.row_lengths = _lengths(rows)
+        self.notes = _notes(records, lengths, stage) if cut else ()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
@@ -115,7 +125,7 @@ class StageLoop(_Base):
         file.parent.mkdir(parents=True, exist_ok=True)
         texts = [tokenizer.decode(row) for row in tensors["input_ids"].tolist()]
         file.write_text(json.dumps({"step": step, "texts": texts}, ensure_ascii=False, indent=1), encoding="utf-8")
-        last, _ = last_sound(folder)
+        last = newest_sound(folder)
         return StageError(
             f"{folder.name}: {what} at step {step} (rows {self._rows_of(step)}; their text is in {file}). "
             + (f"The last good checkpoint is {last}. " if last else "There is no checkpoint yet. ")
@@ -182,6 +192,18 @@ class StageLoop(_Base):
             self._load_best_model()
         else:
             self._load_from_checkpoint(str(checkpoint))
+
+    def _load_best_model(self) -> None:
+        """Raises StageError when the best checkpoint is gone or damaged (transformers would go on without it)."""
+        best = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.best_global_step}"
+        damaged = damaged_file(best)
+        if damaged:
+            raise StageError(
+                f"{best} held the best weights and is damaged or gone ({damaged}). Hand on the last ones instead with "
+                f"stages.{best.parent.name}.keep=last --accept-changes."
+            )
+        self.state.best_model_checkpoint = str(best)  # the run folder may have been moved since
+        super()._load_best_model()
 
     def _check_room(self, folder: Path) -> None:
         """Stops while the last checkpoint is still whole. Raises DiskFull."""

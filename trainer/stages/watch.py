@@ -72,7 +72,7 @@ class Watch(TrainerCallback):
         if state.is_world_process_zero:
             forget_after(self.metrics_file, self.stage, state.global_step)
             earlier = [row for row in read_metrics(self.metrics_file) if row["stage"] == self.stage]
-            self._earlier_seconds = max((row["seconds"] for row in earlier), default=0.0)
+            self._earlier_seconds = max((row.get("seconds", 0.0) for row in earlier), default=0.0)
             self._earlier_tokens = max((row.get("tokens", 0.0) for row in earlier), default=0.0)
             self.tokens = self._earlier_tokens
             self._last = (self.tokens, 0.0)
