@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trainer.commands.shared import command_parser, fail
-from trainer.recipe import RecipeError, load_recipe, shipped_recipes
+from trainer.recipe import SHIPPED, RecipeError, load_recipe, shipped_recipes
 
 
 def main(argv: list[str]) -> int:
@@ -19,7 +19,8 @@ def main(argv: list[str]) -> int:
         "The recipes that come with PediatricsGPT. Copy the one nearest to what you want and change it; `train` also\n"
         "takes single changes as KEY=VALUE.",
         "examples:\n  pediatricsgpt recipes\n  pediatricsgpt recipes show qwen3-4b\n"
-        "  pediatricsgpt recipes copy qwen3-4b my.yaml",
+        "  pediatricsgpt recipes copy qwen3-4b my.yaml\n"
+        "  pediatricsgpt recipes copy fsdp2 fsdp2.yaml      (for accelerate launch; also ddp and zero3)",
     )
     parser.add_argument("action", nargs="?", default="list", choices=["list", "show", "copy"])
     parser.add_argument("name", nargs="?", help="recipe to show or copy")
@@ -28,7 +29,8 @@ def main(argv: list[str]) -> int:
     if arguments.action == "list":
         print_recipes()
         return 0
-    recipes = shipped_recipes()
+    # The launcher's files are no recipes, but an installed package has no other place to take them from.
+    recipes = shipped_recipes() | {path.stem: path for path in sorted((SHIPPED / "accelerate").glob("*.yaml"))}
     if arguments.name not in recipes:
         return fail(RecipeError(f"There is no recipe {arguments.name!r}. Shipped: {', '.join(recipes)}."))
     source = recipes[arguments.name]
@@ -49,7 +51,11 @@ def main(argv: list[str]) -> int:
         arguments.file.write_text(text, encoding="utf-8")
     except OSError as error:
         return fail(error)
-    print(f"wrote {arguments.file}; next: pediatricsgpt plan {arguments.file}")
+    is_recipe = arguments.name in shipped_recipes()
+    next_step = (
+        f"pediatricsgpt plan {arguments.file}" if is_recipe else f"accelerate launch --config_file {arguments.file} …"
+    )
+    print(f"wrote {arguments.file}; next: {next_step}")
     return 0
 
 
