@@ -13,10 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from trainer import plan as planner
 from trainer.commands import plan as command
-from trainer.corpus.build import build_corpus
 from trainer.origin import model_config, new_model
 from trainer.planning import tokens as counting
-from trainer.planning.prepare import load_tokenizer, quieten_libraries
 from trainer.planning.probe import tokens_per_second
 from trainer.planning.tokens import count_steps, count_tokens
 from trainer.recipe import PROJECT, STAGES, RecipeError, load_recipe
@@ -41,19 +39,6 @@ SETTINGS = {
         "stages.mue.max_steps=7",
     ],
 }
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    quieten_libraries()
-    folder = tmp_path_factory.mktemp("corpus") / "tiny"
-    build_corpus(load_recipe(TINY), folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def tokenizer(corpus: Path) -> PreTrainedTokenizerFast:
-    return load_tokenizer(load_recipe(TINY), corpus)
 
 
 @pytest.fixture(scope="module")

@@ -15,27 +15,12 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen
 
 from trainer.commands import preview as command
 from trainer.commands.preview import print_preview, visible
-from trainer.corpus.build import build_corpus
 from trainer.corpus.record import Message, Record, write_records
-from trainer.planning.prepare import load_tokenizer, quieten_libraries
 from trainer.preview import Document, Preview, preview, small_config
 from trainer.recipe import PROJECT, RecipeError, load_recipe
 from trainer.stages.build import stage_records
 
 TINY = PROJECT / "tests" / "recipes" / "tiny.yaml"
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    quieten_libraries()
-    folder = tmp_path_factory.mktemp("corpus") / "tiny"
-    build_corpus(load_recipe(TINY), folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def tokenizer(corpus: Path) -> PreTrainedTokenizerFast:
-    return load_tokenizer(load_recipe(TINY), corpus)
 
 
 def _text(document: Document, scored: bool | None = None) -> str:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from trainer.commands.shared import add_recipe, command_parser, default_corpus, fail
+from trainer.commands.shared import add_recipe, command_parser, default_corpus, fail, work_offline
 from trainer.corpus.record import CorpusError
 from trainer.recipe import RecipeError, load_recipe
 
@@ -61,8 +59,7 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_intermixed_args(argv)
     if arguments.processes < 1 or (arguments.gpu_memory is not None and arguments.gpu_memory <= 0):
         parser.error("--processes and --gpu-memory must be above 0")
-    os.environ.update(HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that only a hub could give
+    work_offline()
     console = Console(stderr=True)
     try:
         recipe = load_recipe(arguments.recipe, arguments.overrides)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-import os
 import re
 import unicodedata
 from dataclasses import asdict
@@ -14,7 +12,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
-from trainer.commands.shared import add_recipe, command_parser, default_corpus, fail
+from trainer.commands.shared import add_recipe, command_parser, default_corpus, fail, work_offline
 from trainer.corpus.record import CorpusError
 from trainer.recipe import STAGES, RecipeError, load_recipe
 
@@ -48,8 +46,7 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_intermixed_args(argv)
     if arguments.n < 1:
         parser.error("-n must be above 0")
-    os.environ.update(HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that only a hub could give
+    work_offline()
     status_console = Console(stderr=True)
     try:
         recipe = load_recipe(arguments.recipe, arguments.overrides)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import os
 import sys
 from pathlib import Path
 
@@ -33,6 +35,15 @@ def add_recipe(parser: argparse.ArgumentParser, *, optional: bool = False) -> No
 def default_corpus(recipe: Recipe) -> Path:
     """Where a recipe's corpus is built unless another place is given."""
     return recipe.corpus.records or Path("PedCorpus") / recipe.name
+
+
+def work_offline() -> None:
+    """Before the training libraries are loaded: nothing leaves the machine, and they keep quiet about it.
+
+    Trainers of TRL would report their use to a hub, and bitsandbytes warns of kernels that only a hub could give.
+    """
+    os.environ.update(HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def fail(error: Exception) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shlex
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from trainer.commands.recipes import print_recipes
-from trainer.commands.shared import add_recipe, command_parser, default_corpus, fail
+from trainer.commands.shared import add_recipe, command_parser, default_corpus, fail, work_offline
 from trainer.corpus.record import CorpusError
 from trainer.recipe import RecipeError, load_recipe
 
@@ -59,11 +58,8 @@ def main(argv: list[str]) -> int:
 
 
 def _train(arguments, argv: list[str]) -> int:  # noqa: ANN001  (argparse.Namespace)
-    # Trainers of TRL report their use to a hub; here nothing leaves the machine.
-    os.environ.update(
-        HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", TQDM_DISABLE="1"
-    )
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that only a hub could give
+    work_offline()
+    os.environ["TQDM_DISABLE"] = "1"  # the live view shows the progress
     console = Console(stderr=True)
     try:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
