@@ -18,6 +18,10 @@ COMMANDS = {
     "evaluate": ("trainer", "train", "measure a model through the app's own door"),
     "import-mue": ("trainer", "train", "convert an adapter of the paper's released code"),
     "quantize": ("quantize", "quantize", "merge the experts and write one GGUF file, checked"),
+    "verify": ("quantize", "quantize", "check any GGUF file, alone or against its source"),
+    "bundle": ("quantize", "quantize", "everything a clinic laptop needs on a USB stick, installed without a network"),
+    "push": ("quantize", "quantize", "publish a distribution on a model hub"),
+    "pull": ("quantize", "quantize", "fetch a distribution from a model hub, checksums verified"),
 }
 
 

@@ -6,13 +6,16 @@ only then the contents are put back into the plain parts.
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 _SENTINEL = re.compile("\ue000(\\d+)\ue001")
+# What a template of unknown origin raises besides Jinja's own errors; the sandbox itself refuses long ranges so.
+_FOREIGN = (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError)
 
 
 class TemplateFailed(Exception):
@@ -21,16 +24,21 @@ class TemplateFailed(Exception):
 
 def render(template: str, messages: list[dict[str, str]], *, answer_next: bool = False) -> str:
     """The plain rendering, with the Jinja settings Hugging Face and llama.cpp use. Raises TemplateFailed."""
+    try:
+        return _compiled(template).render(messages=messages, add_generation_prompt=answer_next)
+    except (TemplateError, *_FOREIGN) as error:
+        raise TemplateFailed(f"the chat template cannot be rendered: {error}") from error
+
+
+@functools.lru_cache(maxsize=8)  # one template is rendered hundreds of times in an export
+def _compiled(template: str) -> Template:
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
 
     def refuse(message: Any) -> None:
         raise TemplateFailed(f"the chat template refuses the conversation: {message}")
 
     environment.globals["raise_exception"] = refuse
-    try:
-        return environment.from_string(template).render(messages=messages, add_generation_prompt=answer_next)
-    except TemplateError as error:
-        raise TemplateFailed(f"the chat template cannot be rendered: {error}") from error
+    return environment.from_string(template)
 
 
 def segments(

@@ -1,39 +1,59 @@
-"""The whole way from a run folder to a distribution folder."""
+"""The whole way from a source to a distribution folder."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from quantize import architectures, distribution, header, publishing, quantizer, tokenizer, writer
-from quantize.architectures import Value
-from quantize.checkpoint import Checkpoint
+from quantize import distribution, header, publishing, sizes, writer
 from quantize.errors import BadInput
-from quantize.experts import Adapter, Merge
-from quantize.fidelity import REFERENCE, Expected, Fidelity, Gate
-from quantize.merging import measure_merge
-from quantize.reference import Reference, collect, logits_bytes
-from quantize.run_folder import NAME, RunFolder
-
-# (what is being done, done, total)
-Progress = Callable[[str, int, int], None]
+from quantize.fidelity import KEY, RESERVED_BYTES, Expected, Fidelity, Gate
+from quantize.merging.adapters import save_lora, write_gguf
+from quantize.merging.factors import Merge, difference
+from quantize.merging.table import kept_floor
+from quantize.metadata import metadata
+from quantize.mixed import Mixed
+from quantize.prepare import Prepared, prepare
+from quantize.reference import Level, logits_bytes
+from quantize.source import converted, open_source
+from quantize.study import Progress, Studied, merge_method, study
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line asks for."""
+    """What the command line asks for; None: the default that depends on the source."""
 
-    run: Path
-    quants: tuple[str, ...]
-    merge: str
-    output: Path | None
-    name: str | None
-    force: bool
+    source: Path
+    quants: tuple[str, ...] = ("Q8_0",)
+    adapter: Path | None = None
+    calibration: Path | None = None
+    merge: str | None = None
+    rank: int | None = None
+    task_adapters: bool = False
+    save_lora: Path | None = None
+    imatrix: str | None = None
+    tensor_types: dict[str, str] = field(default_factory=dict)
+    check: Level = "full"
+    output: Path | None = None
+    name: str | None = None
+    force: bool = False
+
+    @property
+    def mixed(self) -> list[str]:
+        """The types that llama.cpp's quantizer makes."""
+        return [quant for quant in self.quants if quant not in writer.DIRECT]
+
+    @property
+    def importance(self) -> str:
+        """auto, on or off: whether an importance matrix is used."""
+        if not self.mixed:
+            return "off"
+        return self.imatrix or ("auto" if self.check == "full" else "off")
+
+    def intermediate(self, stored: str) -> str | None:
+        """The unquantized file that others are made from and held against; None when no file needs one."""
+        return stored if self.mixed or self.check != "quick" else None
 
 
 @dataclass(frozen=True)
@@ -47,158 +67,171 @@ class Result:
 
 def export(options: Options, progress: Progress) -> Result:
     """Converts, checks, and only then publishes. Raises BadInput; OSError for a failing disk becomes BadInput."""
-    run = RunFolder.open(options.run)
-    name = options.name or run.name
-    if not NAME.fullmatch(name):
-        raise BadInput(f"The run is called {name!r}, which makes no file name; choose one with --name.")
-    output = options.output or Path("dist") / name
-    targets = {quant: output / distribution.file_name(name, quant) for quant in options.quants}
+    prepared = prepare(open_source(options.source, options.adapter, options.calibration), options.name)
+    output = options.output or Path("dist") / prepared.name
+    targets = {quant: output / distribution.file_name(prepared.name, quant) for quant in options.quants}
     publishing.refuse_overwriting(output, list(targets.values()), options.force)
-    checkpoint = Checkpoint(run.checkpoint)
-    architecture = architectures.for_config(checkpoint.config)
-    plans = architecture.plan(checkpoint.config)
-    checkpoint.check(plans)
-    adapter = Adapter(run.adapter)
-    adapter.check(plans)
-    vocabulary = tokenizer.read(run.checkpoint, checkpoint.config["vocab_size"])
-    hyper_parameters = architecture.metadata(checkpoint.config)
-    parameters = sum(math.prod(plan.shape) for plan in plans)
+    method = merge_method(prepared, options.merge, options.rank)
+    _refuse_early(options, method, prepared)
     with publishing.disk_failures(output), publishing.work_folder(output) as work:
-        publishing.refuse_full_disk(
-            output, parameters, {REFERENCE, *options.quants}, logits_bytes(len(vocabulary.tokens))
-        )
-        inputs = run.inputs()
-        merge, merge_report, truth = _measure(run, adapter, vocabulary, options.merge, parameters, work, progress)
-        expected = Expected(
-            {
-                **hyper_parameters,
-                **vocabulary.metadata(),
-                **_contract(run, name, merge_report, inputs, parameters),
-            },
-            architecture.NAME,
-            plans,
-            vocabulary,
-        )
-        weights = writer.Weights(checkpoint.tensors, merge)
-        by_name = {plan.name: plan for plan in plans}
-        fidelity = Fidelity(truth, expected, work)
-        gates: list[Gate] = []
-        files: dict[str, Path] = {}
-        for quant in (REFERENCE, *(q for q in options.quants if q != REFERENCE)):
-            files[quant] = path = work / f"{distribution.file_name(name, quant)}.part"
-            _make(path, quant, files[REFERENCE], expected, weights, work, progress)
-            truth = (
-                (lambda tensor, start, stop: weights.rows(by_name[tensor], start, stop))
-                if quant == REFERENCE
-                else header.read(files[REFERENCE]).rows
-            )
-            gates += fidelity.check(path, quant, truth, _labelled(progress, f"Checking {quant}"))
-            if not gates[-1].passed and gates[-1].name == "opens":
-                break
-        wanted = {quant: files[quant] for quant in options.quants if quant in files}
-        report = _report(name, gates, merge_report, wanted)
+        _refuse_full_disk(options, prepared, output)
+        inputs = prepared.source.inputs()
+        prepared = replace(prepared, source=converted(prepared.source, work, uniform_gates=method == "uniform"))
+        studied = study(
+            prepared, method, options.check, work, progress,
+            rank=options.rank, tasks=options.task_adapters, importance=options.importance != "off",
+        )  # fmt: skip
+        files = _Files(options, prepared, studied, inputs, work, progress)
+        gates = [*_merge_gates(studied.report), *files.make()]
+        adapters = _write_adapters(prepared, studied, work) if options.task_adapters else {}
+        report = {
+            "name": prepared.name,
+            "check": options.check,
+            "passed": all(gate.passed for gate in gates),
+            "failed": [f"{gate.name} ({gate.file})" for gate in gates if not gate.passed],
+            "gates": [gate.record() for gate in gates],
+            "answers": files.answers,
+            "merge": studied.report,
+            "imatrix": files.imatrix,
+            "bytes": {targets[quant].name: path.stat().st_size for quant, path in files.wanted.items()},
+        }
         if not report["passed"]:
             return Result(output, publishing.keep_report(output, report), report)
+        if options.save_lora is not None and isinstance(studied.merge, Merge):
+            save_lora(studied.merge, options.save_lora, prepared.name)
         made = distribution.Export(
-            name,
-            run,
+            prepared.name,
+            prepared.source,
             inputs,
-            wanted,
+            files.wanted,
             report,
-            vocabulary.chat_template,
-            vocabulary.tokens[vocabulary.eos],
-            vocabulary.nfc,
-            parameters,
+            prepared.vocabulary,
+            prepared.parameters,
+            context=prepared.context,
+            adapters=adapters,
+            imatrix=files.imatrix,
+            fit=sizes.needs(files.blueprint, {quant: path.stat().st_size for quant, path in files.wanted.items()}),
         )
         documents = distribution.write_documents(made, work)
         publishing.publish(
             output,
-            {targets[q]: path for q, path in wanted.items()} | {output / d: work / d for d in documents},
+            {targets[quant]: path for quant, path in files.wanted.items()}
+            | {output / distribution.adapter_name(task): path for task, path in adapters.items()}
+            | {output / name: work / name for name in documents},
         )
         return Result(output, output / "fidelity.json", report)
 
 
-def _measure(
-    run: RunFolder,
-    adapter: Adapter,
-    vocabulary: tokenizer.Vocabulary,
-    method: str,
-    parameters: int,
-    work: Path,
-    progress: Progress,
-) -> tuple[Merge, dict[str, Any], Reference]:
-    """The part that needs torch: gates, cost of merging, and the outputs every file is compared with."""
-    from quantize.live import Live, suitable_threads
+class _Files:
+    """The model files of one export: each written, then checked, then told what was measured of it."""
 
-    progress("Loading the live model", 0, 1)
-    with suitable_threads(parameters):
-        live = Live(run.checkpoint, run.adapter)
-        progress("Loading the live model", 1, 1)
-        merge, report = measure_merge(live, adapter, run, method, progress)
-        truth = collect(live, run, vocabulary, work / "hf", _labelled(progress, "Running the reference"))
-    return merge, report, truth
+    def __init__(
+        self,
+        options: Options,
+        prepared: Prepared,
+        studied: Studied,
+        inputs: dict[str, str],
+        work: Path,
+        progress: Progress,
+    ) -> None:
+        self._options, self._prepared, self._work, self._progress = options, prepared, work, progress
+        values = {**metadata(prepared, inputs, studied.report), KEY: " " * RESERVED_BYTES}
+        self.blueprint = sizes.Blueprint(prepared.architecture, values, prepared.plans)
+        self._weights = writer.Weights(prepared.checkpoint.tensors, studied.merge)
+        self._base = options.intermediate(prepared.stored)
+        expected = Expected(values, prepared.architecture, prepared.plans, prepared.vocabulary)
+        self._fidelity = Fidelity(studied.reference, expected, work, base=self._base, exact=studied.merge is None)
+        self._mixed = Mixed(options.importance, options.tensor_types, prepared, studied, self._fidelity, work, progress)
+        self._made: dict[str, Path] = {}
 
+    def make(self) -> list[Gate]:
+        """All files and their gates; stops at the first that llama.cpp cannot open."""
+        gates: list[Gate] = []
+        first = [self._base] if self._base else []
+        for quant in [*first, *(quant for quant in self._options.quants if quant != self._base)]:
+            path = self._work / f"{distribution.file_name(self._prepared.name, quant)}.part"
+            self._made[quant] = path
+            if quant in writer.DIRECT:
+                self._write(path, quant)
+            else:
+                assert self._base is not None
+                self._mixed.make(self._made[self._base], path, quant)
+            gates += self._fidelity.check(path, quant, self._truth(quant), self._bar(f"Checking {quant}"))
+            if not gates[-1].passed and gates[-1].name == "opens":
+                break
+            if quant in self._options.quants:
+                header.patch(path, KEY, self._fidelity.summary(quant))
+        return gates
 
-def _make(
-    path: Path,
-    quant: str,
-    reference: Path,
-    expected: Expected,
-    weights: writer.Weights,
-    work: Path,
-    progress: Progress,
-) -> None:
-    if quant not in writer.DIRECT:
-        quantizer.quantize(reference, path, quant, work, _labelled(progress, f"Quantizing {quant}"))
-        return
-    report = _labelled(progress, f"Writing {quant}")
-    writer.write(path, expected.architecture, expected.metadata, expected.plans, weights, quant, report)
+    @property
+    def wanted(self) -> dict[str, Path]:
+        """The files that were asked for, as far as they were made."""
+        return {quant: self._made[quant] for quant in self._options.quants if quant in self._made}
 
+    @property
+    def answers(self) -> list[dict[str, Any]]:
+        """Greedy answers side by side."""
+        return self._fidelity.answers
 
-def _contract(
-    run: RunFolder, name: str, merge: dict[str, Any], inputs: dict[str, str], parameters: int
-) -> dict[str, Value]:
-    prompts = run.prompts
-    values: dict[str, Value] = {
-        "general.type": "model",
-        "general.name": name,
-        "general.size_label": f"{parameters / 1e6:.1f}M",
-        "general.license": "apache-2.0",
-        "general.languages": ["zh"],
-        "general.tags": ["pediatrics", "text-generation"],
-        "general.description": "PediatricsGPT consultation model"
-        + (", a demonstration and not for clinical use" if prompts["demonstration"] else ""),
-        "general.sampling.temp": 0.0,
-        "pediatricsgpt.contract": int(prompts["contract"]),
-        "pediatricsgpt.system_prompt": prompts["system_prompt"],
-        "pediatricsgpt.task_prompts": _compact(prompts["task_prompts"]),
-        "pediatricsgpt.passage_template": prompts["passage_template"],
-        "pediatricsgpt.question_template": prompts["question_template"],
-        "pediatricsgpt.phrases": _compact(prompts["phrases"]),
-        "pediatricsgpt.merge_method": merge["method"],
-        "pediatricsgpt.merge_fidelity": _compact(merge),
-        "pediatricsgpt.source_sha256": hashlib.sha256(_compact(inputs).encode()).hexdigest(),
-        "pediatricsgpt.demonstration": prompts["demonstration"],
-    }
-    if corpus := run.run.get("corpus_sha256"):
-        values["pediatricsgpt.corpus_sha256"] = str(corpus)
-    return values
+    @property
+    def imatrix(self) -> dict[str, Any] | None:
+        """What the importance matrix was made of and what it gained."""
+        return self._mixed.record
 
+    def _write(self, path: Path, quant: str) -> None:
+        writer.write(
+            path, self._prepared.architecture, self.blueprint.metadata, self._prepared.plans, self._weights, quant,
+            self._bar(f"Writing {quant}"), sync=quant in self._options.quants,
+        )  # fmt: skip
 
-def _compact(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, sort_keys=True)
+    def _truth(self, quant: str) -> Any:
+        """The float32 rows that a file's weights are held against: the source's, or the unquantized file's."""
+        if self._options.check == "quick":
+            return None
+        if quant != self._base and self._base is not None:
+            return header.read(self._made[self._base]).rows
+        plans = {plan.name: plan for plan in self._prepared.plans}
+        return lambda tensor, start, stop: self._weights.rows(plans[tensor], start, stop)
 
-
-def _report(name: str, gates: list[Gate], merge: dict[str, Any], files: dict[str, Path]) -> dict[str, Any]:
-    return {
-        "name": name,
-        "passed": all(gate.passed for gate in gates),
-        "failed": [f"{gate.name} ({gate.file})" for gate in gates if not gate.passed],
-        "gates": [gate.record() for gate in gates],
-        "merge": merge,
-        "bytes": {distribution.file_name(name, quant): path.stat().st_size for quant, path in files.items()},
-    }
+    def _bar(self, label: str) -> Any:
+        return lambda done, total: self._progress(label, done, total)
 
 
-def _labelled(progress: Progress, label: str) -> Callable[[int, int], None]:
-    return lambda done, total: progress(label, done, total)
+def _refuse_early(options: Options, method: str | None, prepared: Prepared) -> None:
+    """What would fail after an hour is said at once."""
+    if (options.task_adapters or options.rank) and method != "least-squares":
+        raise BadInput("--task-adapters and --rank need experts merged by least squares, and so --calibration.")
+    if options.save_lora is not None and method is None:
+        raise BadInput("--save-lora saves merged experts; this source has none.")
+    if options.save_lora is not None and options.save_lora.exists():
+        raise BadInput(f"{options.save_lora} exists already; choose another folder with --save-lora.")
+    if options.tensor_types:
+        if not options.mixed:
+            raise BadInput("--tensor-type works with K- and IQ-types (Q4_K_M …), which llama.cpp's quantizer makes.")
+        sizes.override_types({plan.name: plan.shape for plan in prepared.plans}, options.tensor_types)
+
+
+def _refuse_full_disk(options: Options, prepared: Prepared, output: Path) -> None:
+    base = options.intermediate(prepared.stored)
+    logits = logits_bytes(len(prepared.vocabulary.tokens)) if options.check != "quick" else 0
+    publishing.refuse_full_disk(output, prepared.parameters, {*options.quants, *([base] if base else [])}, logits)
+
+
+def _merge_gates(report: dict[str, Any] | None) -> list[Gate]:
+    """Merging must keep at least the floor of what the experts really gained."""
+    if report is None or report["kept"] is None:
+        return []
+    kept, floor = report["kept"], kept_floor(report)
+    detail = f"share of the experts' gain of {report['gain']:.4f} nats, on {report['measured_on']}"
+    return [Gate("merge_kept", "merge", kept, floor, floor is None or kept >= floor, detail)]
+
+
+def _write_adapters(prepared: Prepared, studied: Studied, work: Path) -> dict[str, Path]:
+    """One adapter per task that turns the merged model into that task's."""
+    assert isinstance(studied.merge, Merge)
+    adapters = {}
+    for task, merge in studied.tasks.items():
+        adapters[task] = path = work / f"{task}.gguf.part"
+        more = difference(merge, studied.merge)
+        write_gguf(path, more, prepared.architecture, prepared.plans, f"{prepared.name} {task}")
+    return adapters

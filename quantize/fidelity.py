@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,29 +13,17 @@ from typing import Any
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from quantize import chat, header, probe
+from quantize import chat, header, limits, probe, usable
 from quantize.architectures import TensorPlan, Value
 from quantize.child import ChildFailed
-from quantize.comparison import TIE, RowsOf, logit_distance, weight_errors
-from quantize.reference import Reference
-from quantize.tokenizer import Vocabulary
+from quantize.comparison import Comparison, LogitDistance, RowsOf, Track, weight_errors
+from quantize.own_words import OwnWords
+from quantize.reference import Reference, kept_positions
+from quantize.vocabulary import Vocabulary
 
 REFERENCE = "F32"
-# Mean KL divergence against the float32 file beyond which a file is broken, not merely compressed: ten and
-# more times what llama.cpp reports for an 8B model (Q8_0 .0014, Q4_K_M .031), because small models lose more.
-_KLD_LIMIT = {"F32": 1e-3, "F16": 1e-3, "BF16": 1e-2, "Q8_0": 0.03, "Q6_K": 0.1, "Q5_K_M": 0.2}
-_KLD_LIMIT_4_BIT = 0.6
-# Relative weight error per stored type; twice what Gaussian weights give.
-_WEIGHT_LIMIT = {
-    "F32": 1e-6,
-    "F16": 1e-3,
-    "BF16": 5e-3,
-    "Q8_0": 0.012,
-    "Q6_K": 0.04,
-    "Q5_1": 0.08,
-    "Q5_0": 0.09,
-}
-_WEIGHT_LIMIT_5_BIT, _WEIGHT_LIMIT_4_BIT = 0.08, 0.2
+# A file says what was measured of it; the writer keeps this many bytes free under the key.
+KEY, RESERVED_BYTES = "pediatricsgpt.fidelity", 512
 
 
 @dataclass(frozen=True)
@@ -56,184 +44,333 @@ class Gate:
 
 @dataclass(frozen=True)
 class Expected:
-    """What every file of the export must hold."""
+    """What every file must hold. Without `plans`, nobody but the file knows its tensors."""
 
     metadata: Mapping[str, Value]
     architecture: str
     plans: list[TensorPlan]
-    vocabulary: Vocabulary
+    vocabulary: Vocabulary | OwnWords
+
+    @property
+    def parameters(self) -> int:
+        """How many weights, 0 when unknown."""
+        return sum(math.prod(plan.shape) for plan in self.plans)
 
 
 class Fidelity:
-    """Checks files of one export against the Hugging Face reference and against its float32 file."""
+    """Checks the files of one model against the reference, and each other file against the `base` file.
 
-    def __init__(self, reference: Reference, expected: Expected, folder: Path) -> None:
+    The base is the unquantized file, of the checkpoint's own type; it is checked first, and held against Hugging
+    Face when the reference has its logits. Without a base every file is held against Hugging Face.
+
+    answers: after the checks, the greedy answers of every file beside those they are held against.
+    """
+
+    def __init__(
+        self,
+        reference: Reference,
+        expected: Expected,
+        folder: Path,
+        *,
+        base: str | None = REFERENCE,
+        parameters: int | None = None,
+        exact: bool = False,
+        other: str = "hf",
+    ) -> None:
+        """
+        folder: for what is only needed meanwhile.
+        exact: the truth is what the base was written from, bit by bit, so that a single changed bit fails (not so
+            when something was merged in).
+        other: the name of what the reference's track is of.
+        """
         self._reference, self._expected, self._folder = reference, expected, folder
+        self._control_ids = set(expected.vocabulary.control.values())
+        self._base, self._exact, self._other = base, exact, other
+        self._parameters = expected.parameters if parameters is None else parameters
+        self._track: Track | None = None
+        self._base_answer: probe.Answer | None = None
+        self._summaries: dict[str, dict[str, Any]] = {}
+        self.answers: list[dict[str, Any]] = []
 
-    def check(self, path: Path, quant: str, truth: RowsOf, progress: Callable[[int, int], None]) -> list[Gate]:
+    def check(self, path: Path, quant: str, truth: RowsOf | None, progress: Callable[[int, int], None]) -> list[Gate]:
         """All gates of one file; a file that cannot even be opened fails its first gate and has no others.
 
-        The float32 file comes first: the others' logits are compared with its. `truth`: the float32 weights.
+        `truth`: the weights it was made of, float32 rows by GGUF name; None at level `quick`.
         """
         try:
             head = header.read(path)
+            usable.check(head)
             gates = [self._header(head, quant)]
-            answer = self._probe(head, path, quant, progress)
-        except (header.Malformed, ChildFailed, chat.TemplateFailed) as error:
+            compared = self._compared(quant, len(head.metadata["tokenizer.ggml.tokens"]))
+            answer = self._probe(head, path, quant, compared, progress)
+        except (header.Malformed, ChildFailed, chat.TemplateFailed, ValueError) as error:
             return [Gate("opens", quant, None, "llama.cpp loads it", False, str(error))]
-        gates += [self._types(head, quant), self._tokens(answer, quant), self._control(answer, quant)]
-        gates += [*self._templates(answer, quant), self._eos(answer, quant), *self._generation(answer, quant)]
-        if quant == REFERENCE:
-            gates += self._logits("hf", self._reference.folder, quant)
-        else:
-            gates += self._logits("f32", self._folder / REFERENCE, quant)
-            shutil.rmtree(self._folder / quant)  # its logits are as large as the vocabulary is
-        return [*gates, self._weights(head, truth, quant)]
+        gates += [self._types(head, quant), self._tokens(answer, quant), self._typed(answer, quant)]
+        gates += [*self._templates(answer, quant), self._eos(answer, quant)]
+        if self._reference.prompts:
+            gates += self._generation(answer, quant)
+        if isinstance(compared, Comparison):
+            gates += self._logits(compared.result(), quant)
+            gates += self._taught_ends(compared, quant)
+        if truth is not None:
+            gates += self._weights(head, truth, quant)
+        if quant == self._base:
+            self._base_answer = answer
+        return gates
+
+    def distance(self, path: Path, quant: str, progress: Callable[[int, int], None]) -> float | None:
+        """Mean KL divergence in nats of a file from the base, nothing else; None below level `file`."""
+        compared = self._compared(quant, 0)
+        if not isinstance(compared, Comparison):
+            return None
+        request = probe.Request(sequences=[ids.tolist() for ids in compared.tested.sequences])
+        folder = self._folder / f"probe-{quant}"
+        folder.mkdir(exist_ok=True)
+        probe.probe(path, request, folder, progress, compared.add)
+        return compared.result().mean_kld
+
+    def summary(self, quant: str) -> str:
+        """The measured figures as compact JSON of at most RESERVED_BYTES, for the file's own metadata."""
+        return json.dumps(self._summaries.get(quant, {"level": self._reference.level}), separators=(",", ":"))
+
+    def _compared(self, quant: str, vocabulary: int) -> Comparison | Track | None:
+        """What takes the logits of a file: a comparison, or, for a base without Hugging Face, a new track."""
+        reference = self._reference
+        if not reference.sequences:
+            return None
+        if quant == self._base:
+            folder = self._folder / "base"
+            folder.mkdir()
+            self._track = Track(reference.sequences[: reference.measured], folder, kept_positions(vocabulary))
+            return Comparison(reference.track, limits.tie(quant)) if reference.track else self._track
+        if self._track is not None:
+            return Comparison(self._track, 0.0)
+        return Comparison(reference.track.first(reference.measured), 0.0) if reference.track else None
 
     def _probe(
-        self, head: header.Header, path: Path, quant: str, progress: Callable[[int, int], None]
-    ) -> dict[str, Any]:
-        reference = self._reference
+        self,
+        head: header.Header,
+        path: Path,
+        quant: str,
+        compared: Comparison | Track | None,
+        progress: Callable[[int, int], None],
+    ) -> probe.Answer:
+        reference, base = self._reference, self._track if quant == self._base else None
         template = head.metadata.get("tokenizer.chat_template", "")
-        folder = self._folder / quant
-        folder.mkdir()
-        return probe.probe(
-            path,
+        folder = self._folder / f"probe-{quant}"
+        folder.mkdir(exist_ok=True)
+
+        def block(number: int, start: int, logits: Any) -> None:
+            if compared is not None:
+                compared.add(number, start, logits)
+            if base is not None and base is not compared and number < reference.measured:
+                base.add(number, start, logits)
+
+        sequences = [] if compared is None else reference.sequences
+        if isinstance(compared, Comparison):
+            sequences = [ids.tolist() for ids in compared.tested.sequences]
+        request = probe.Request(
             strings=reference.texts + reference.typed_control,
             segments=[
                 chat.segments(template, r.messages, reference.control, answer_next=r.answer_next)
                 for r in reference.renderings
             ],
-            sequences=reference.sequences,
+            sequences=sequences,
             prompts=reference.prompts,
             limit=reference.limit,
-            folder=folder,
-            progress=progress,
         )
+        return probe.probe(path, request, folder, progress, block)
 
     def _header(self, head: header.Header, quant: str) -> Gate:
         problems = []
-        if head.metadata.get("general.architecture") != self._expected.architecture:
+        if head.architecture != self._expected.architecture:
             problems.append("general.architecture")
         for key, value in self._expected.metadata.items():
-            if not _same(head.metadata.get(key), value):
+            if key != KEY and not _same(head.metadata.get(key), value):
                 problems.append(key)
         shapes = {name: tensor.shape for name, tensor in head.tensors.items()}
-        if shapes != {plan.name: plan.shape for plan in self._expected.plans}:
+        plans = self._expected.plans
+        if plans and shapes != {plan.name: plan.shape for plan in plans}:
             problems.append("tensor names or shapes")
         detail = "wrong: " + ", ".join(problems) if problems else f"{len(shapes)} tensors, {len(head.metadata)} keys"
         return Gate("header", quant, len(problems), 0, not problems, detail)
 
     def _types(self, head: header.Header, quant: str) -> Gate:
         used = ", ".join(f"{kind}×{count}" for kind, count in head.types().items())
-        block = GGML_QUANT_SIZES[GGMLQuantizationType[quant.removesuffix("_M")]][0]
+        block = _block(quant)
         narrow = sum(len(t.shape) == 2 and t.shape[1] % block != 0 for t in head.tensors.values())
         note = f"; {narrow} matrices fell back, their rows are no multiple of {block}" if narrow else ""
         return Gate("types", quant, used, None, True, used + note)
 
-    def _tokens(self, answer: dict[str, Any], quant: str) -> Gate:
-        pairs = zip(self._reference.texts, self._reference.text_ids, answer["strings"], strict=False)
-        wrong = [text for text, expected, found in pairs if expected != found]
-        detail = f"{len(self._reference.texts)} strings" + (f", first difference: {wrong[0]!r}" if wrong else "")
-        return Gate("token_ids", quant, len(wrong), 0, not wrong, detail)
+    def _tokens(self, answer: probe.Answer, quant: str) -> Gate:
+        texts, expected = self._reference.texts, self._reference.text_ids
+        if expected is None:
+            # SentencePiece vocabularies put a space before every text.
+            pairs = zip(texts, answer.restored, strict=False)
+            wrong = [text for text, found in pairs if found not in (text, " " + text)]
+            name, detail = "text_restored", f"{len(texts)} strings tokenised and put together again"
+        else:
+            pairs = zip(texts, expected, answer.strings, strict=False)
+            wrong = [text for text, ids, found in pairs if ids != found]
+            name, detail = "token_ids", f"{len(texts)} strings"
+        detail += f", first difference: {wrong[0]!r}" if wrong else ""
+        return Gate(name, quant, len(wrong), 0, not wrong, detail)
 
-    def _control(self, answer: dict[str, Any], quant: str) -> Gate:
-        control = set(self._expected.vocabulary.control.values())
-        typed = answer["strings"][len(self._reference.texts) :]
-        wrong = sum(bool(control & set(ids)) for ids in typed)
-        return Gate(
-            "typed_control_text",
-            quant,
-            wrong,
-            0,
-            not wrong,
-            f"{len(typed)} texts with control tokens typed by a user",
-        )
+    def _typed(self, answer: probe.Answer, quant: str) -> Gate:
+        typed = answer.strings[len(self._reference.texts) :]
+        wrong = sum(bool(self._control_ids & set(ids)) for ids in typed)
+        detail = f"{len(typed)} texts with control tokens typed by a user"
+        return Gate("typed_control_text", quant, wrong, 0, not wrong, detail)
 
-    def _templates(self, answer: dict[str, Any], quant: str) -> list[Gate]:
-        renderings = self._reference.renderings
-        wrong = sum(r.ids != ids for r, ids in zip(renderings, answer["segments"], strict=True))
-        found = iter(answer["segments"])
+    def _templates(self, answer: probe.Answer, quant: str) -> list[Gate]:
+        renderings, count = self._reference.renderings, len(self._reference.conversations)
+        wrong = sum(r.ids is not None and r.ids != ids for r, ids in zip(renderings, answer.segments, strict=True))
+        found = iter(answer.segments)
         broken = 0
         for conversation in self._reference.conversations:
             grown = [next(found) for _ in conversation]
             broken += sum(later[: len(earlier)] != earlier for earlier, later in itertools.pairwise(grown))
-        count = len(self._reference.conversations)
+        detail = f"{len(renderings)} renderings of {count} conversations"
         return [
-            Gate(
-                "chat_template",
-                quant,
-                wrong,
-                0,
-                not wrong,
-                f"{len(renderings)} renderings of {count} conversations",
-            ),
+            Gate("chat_template", quant, wrong, 0, not wrong, detail),
             Gate("append_only", quant, broken, 0, not broken, "each turn extends the tokens of the one before"),
         ]
 
-    def _eos(self, answer: dict[str, Any], quant: str) -> Gate:
+    def _eos(self, answer: probe.Answer, quant: str) -> Gate:
         eos = self._expected.vocabulary.eos
-        turns = [r.ids for r in self._reference.renderings if not r.answer_next]
-        control = set(self._expected.vocabulary.control.values())
+        control = self._control_ids
+        turns = [
+            r.ids or ids
+            for r, ids in zip(self._reference.renderings, answer.segments, strict=True)
+            if not r.answer_next
+        ]
         closed = all(next((i for i in reversed(ids) if i in control), None) == eos for ids in turns)
-        good = answer["eos"] == eos and answer["eog"] and closed
+        good = answer.eos == eos and answer.eog and closed
         name = self._expected.vocabulary.tokens[eos]
-        detail = f"id {answer['eos']} ({name}) ends generation: {answer['eog']}, ends each answer: {closed}"
+        detail = f"id {answer.eos} ({name}) ends generation: {answer.eog}, ends each answer: {closed}"
         return Gate("eos", quant, str(good).lower(), "true", good, detail)
 
-    def _generation(self, answer: dict[str, Any], quant: str) -> list[Gate]:
-        ends = {self._expected.vocabulary.eos}
-        stopped = sum(ids[-1] in ends for ids in answer["generated"])
-        expected = sum(ids[-1] in ends for ids in self._reference.generated)
-        detail = f"{stopped} of {len(answer['generated'])} greedy answers end by themselves, Hugging Face {expected}"
-        if quant != REFERENCE:
+    def _generation(self, answer: probe.Answer, quant: str) -> list[Gate]:
+        reference, base = self._reference, self._base_answer
+        ids, texts = reference.generated, reference.answers
+        other = "Hugging Face" if self._other == "hf" else self._other
+        if base is not None:
+            ids, texts, other = base.generated, base.texts, str(self._base)
+        self._side_by_side(answer, quant, ids, texts, other)
+        stopped = sum(answer.ended)
+        detail = f"{stopped} of {len(answer.generated)} greedy answers end by themselves"
+        if ids is not None:
+            ends = {self._expected.vocabulary.eos}
+            detail += f", {other} {sum(base.ended) if base else sum(one[-1] in ends for one in ids)}"
+        if quant != self._base or reference.generated is None or reference.gaps is None:
             return [Gate("generation_ends", quant, stopped, None, True, detail)]
-        compared = zip(self._reference.generated, answer["generated"], self._reference.gaps, strict=True)
-        wrong = sum(not _same_answer(hf, own, gaps) for hf, own, gaps in compared)
-        return [Gate("generation_ends", quant, wrong, 0, not wrong, detail), self._taught_ends(quant)]
+        compared = zip(reference.generated, answer.generated, reference.gaps, answer.ended, strict=True)
+        wrong = sum(not _same_answer(hf, own, gaps, limits.tie(quant), ended) for hf, own, gaps, ended in compared)
+        return [Gate("generation_ends", quant, wrong, 0, not wrong, detail)]
 
-    def _taught_ends(self, quant: str) -> Gate:
-        eos = self._expected.vocabulary.eos
-        differing, at_end = 0, 0
+    def _side_by_side(
+        self, answer: probe.Answer, quant: str, ids: list[list[int]] | None, texts: list[str] | None, other: str
+    ) -> None:
+        for number, question in enumerate(self._reference.questions):
+            record = {
+                "file": quant,
+                "question": question,
+                "answer": answer.texts[number],
+                "tokens": len(answer.generated[number]),
+                "stop": "end" if answer.ended[number] else "limit",
+            }
+            if ids is not None and texts is not None:
+                pairs = zip(ids[number], answer.generated[number], strict=False)
+                common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+                record |= {"against": other, "its_answer": texts[number], "common_tokens": common}
+            self.answers.append(record)
+
+    def _taught_ends(self, compared: Comparison, quant: str) -> list[Gate]:
+        """Whether the base says the end of an answer where Hugging Face says it, after answers that were given."""
+        truth, eos = self._reference.track, self._expected.vocabulary.eos
+        if quant != self._base or truth is None:
+            return []
+        differing = at_end = asked = 0
         for number, position in self._reference.ends.items():
-            best = [
-                int(np.load(folder / f"logits-{number}.npy", mmap_mode="r")[position - 1].argmax())
-                for folder in (self._reference.folder, self._folder / quant)
-            ]
-            differing += (best[0] == eos) != (best[1] == eos)
-            at_end += best[0] == eos
-        detail = f"after {len(self._reference.ends)} given answers; Hugging Face ends {at_end} of them there"
-        return Gate("eos_after_answer", quant, differing, 0, not differing, detail)
+            logits = truth.logits(number, position - 1, position)
+            if logits is None:
+                continue
+            asked += 1
+            best, own = int(truth.best[number][position - 1]), int(compared.tested.best[number][position - 1])
+            tied = float(logits[0, best] - logits[0, own]) <= limits.tie(quant)
+            differing += ((best == eos) != (own == eos)) and not tied
+            at_end += best == eos
+        detail = f"after {asked} given answers; Hugging Face ends {at_end} of them there"
+        return [Gate("eos_after_answer", quant, differing, 0, not differing, detail)]
 
-    def _logits(self, name: str, folder: Path, quant: str) -> list[Gate]:
-        distance = logit_distance(folder, self._folder / quant, len(self._reference.sequences))
-        strict = quant == REFERENCE
-        limit = _KLD_LIMIT.get(quant, _KLD_LIMIT_4_BIT)
-        detail = f"{distance.positions} positions, {distance.mismatches} differ, {distance.ties} ties within {TIE:g}"
+    def _logits(self, found: LogitDistance, quant: str) -> list[Gate]:
+        against = self._other if quant == self._base or self._track is None else str(self._base).lower()
+        strict = quant == self._base
+        kld, ratio = limits.kld(quant, self._parameters), limits.perplexity(quant, self._parameters)
+        tie = f", {found.ties} ties within {limits.tie(quant):g}" if strict else ""
+        self._summaries[quant] = {
+            "level": self._reference.level,
+            "against": against,
+            "tokens": found.positions,
+            **{
+                name: float(f"{value:.4g}")
+                for name, value in (
+                    ("kld", found.mean_kld),
+                    ("kld_99", found.kld_99),
+                    ("top1", found.agreement),
+                    ("perplexity_ratio", found.perplexity_ratio),
+                )
+                if math.isfinite(value)
+            },
+        }
         return [
             Gate(
-                f"top1_vs_{name}", quant, round(distance.agreement, 6), 1.0 if strict else None,
-                not strict or distance.mismatches == 0, detail,
+                f"top1_vs_{against}", quant, round(found.agreement, 6), 1.0 if strict else None,
+                not strict or found.mismatches == 0,
+                f"{found.positions} positions, {found.mismatches} differ{tie}",
             ),
             Gate(
-                f"kld_vs_{name}", quant, _finite(distance.mean_kld), limit, distance.mean_kld <= limit,
-                f"mean in nats; largest {distance.max_kld:.3g}",
+                f"kld_vs_{against}", quant, _finite(found.mean_kld), kld, found.mean_kld <= kld,
+                f"mean in nats; median {found.median_kld:.3g}, largest {found.max_kld:.3g}",
+            ),
+            Gate(
+                f"kld99_vs_{against}", quant, _finite(found.kld_99), None, True,
+                "in nats; one position in a hundred is farther away",
+            ),
+            Gate(
+                f"dp_vs_{against}", quant, _finite(found.rms_dp), None, True,
+                "root mean square change of the probability of the token that follows",
+            ),
+            Gate(
+                f"perplexity_vs_{against}", quant, _finite(found.perplexity_ratio), ratio,
+                found.perplexity_ratio <= ratio,
+                f"{found.perplexity[1]:.4g} : {found.perplexity[0]:.4g} on held-out text",
             ),
         ]  # fmt: skip
 
-    def _weights(self, head: header.Header, truth: RowsOf, quant: str) -> Gate:
+    def _weights(self, head: header.Header, truth: RowsOf, quant: str) -> list[Gate]:
         errors = weight_errors(head, truth)
-        ratios = {name: error / _weight_limit(kind) for name, (kind, error) in errors.items()}
+        ratios = {name: error.relative / limits.weight_error(error.kind) for name, error in errors.items()}
         worst = max(ratios, key=lambda name: ratios[name])
-        kind, error = errors[worst]
-        limit = _weight_limit(kind)
-        return Gate("weights", quant, _finite(error), limit, error <= limit, f"worst relative error: {worst} ({kind})")
+        kind, error = errors[worst].kind, errors[worst].relative
+        limit = limits.weight_error(kind)
+        gates = [
+            Gate("weights", quant, _finite(error), limit, error <= limit, f"worst relative error: {worst} ({kind})")
+        ]
+        if self._exact:
+            changed = {name: error.changed for name, error in errors.items() if error.changed}
+            detail = f"first: {next(iter(changed))}" if changed else "every unquantized value is the source's, rounded"
+            gates.append(Gate("weight_bits", quant, sum(changed.values()), 0, not changed, detail))
+        return gates
 
 
-def _weight_limit(kind: str) -> float:
-    if kind in _WEIGHT_LIMIT:
-        return _WEIGHT_LIMIT[kind]
-    return _WEIGHT_LIMIT_5_BIT if kind.startswith("Q5") else _WEIGHT_LIMIT_4_BIT
+def _block(quant: str) -> int:
+    """Elements per block of the type a mixture is named for: 256 for K- and most IQ-types."""
+    name = quant
+    while name not in GGMLQuantizationType.__members__ and "_" in name:
+        name = name.rpartition("_")[0]
+    kind = GGMLQuantizationType.__members__.get(name)
+    return GGML_QUANT_SIZES[kind][0] if kind is not None else 1
 
 
 def _finite(value: float) -> float | None:
@@ -243,15 +380,22 @@ def _finite(value: float) -> float | None:
 
 def _same(found: Any, expected: Value) -> bool:
     if isinstance(expected, list):
-        return found == len(expected)
+        if not isinstance(found, header.Array) or len(found) != len(expected):
+            return False
+        if found.kind == header.F32:
+            return np.allclose(np.frombuffer(found.data, np.float32), np.array(expected, np.float32), rtol=1e-6)
+        return found.list() == expected
     if isinstance(expected, float):
         return isinstance(found, float) and math.isclose(found, expected, rel_tol=1e-6)
     return found == expected
 
 
-def _same_answer(reference: list[int], found: list[int], gaps: list[float]) -> bool:
-    """Equal, or parted at a position where the reference itself had a tie."""
+def _same_answer(reference: list[int], found: list[int], gaps: list[float], tie: float, ended: bool) -> bool:
+    """Equal, or parted at a position where the reference itself had a tie.
+
+    llama.cpp also ends at other tokens that look like an end (<|endoftext|>), where Hugging Face goes on.
+    """
     for own, other, gap in zip(found, reference, gaps, strict=False):
         if own != other:
-            return gap <= TIE
-    return len(found) == len(reference)
+            return gap <= tie
+    return len(found) == len(reference) or (ended and len(found) < len(reference))

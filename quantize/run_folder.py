@@ -42,6 +42,7 @@ class RunFolder:
     run: dict[str, Any]
     prompts: dict[str, Any]
     calibration: list[Dialogue]
+    held_out: list[Dialogue]
 
     @property
     def checkpoint(self) -> Path:
@@ -79,7 +80,17 @@ class RunFolder:
         for key, kind in _PROMPT_TYPES.items():
             if not isinstance(prompts.get(key), kind):
                 raise BadInput(f"{path / 'prompts.json'}: `{key}` must be a {kind.__name__}; train the run again.")
-        return cls(path, str(run.get("name") or path.resolve().name), run, prompts, _calibration(path))
+        calibration, held_out = path / "calibration.jsonl", path / "held_out.jsonl"
+        if not calibration.is_file():
+            raise BadInput(f"{calibration} is missing: merging the experts needs it; train the run again.")
+        return cls(
+            path,
+            str(run.get("name") or path.resolve().name),
+            run,
+            prompts,
+            read_dialogues(calibration),
+            read_dialogues(held_out) if held_out.is_file() else [],
+        )
 
     def inputs(self) -> dict[str, str]:
         """sha256 of every file an export depends on, by path relative to the run folder."""
@@ -112,14 +123,17 @@ def read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _calibration(path: Path) -> list[Dialogue]:
-    file = path / "calibration.jsonl"
+def read_dialogues(file: Path) -> list[Dialogue]:
+    """Dialogues from JSON lines `{"task": …, "messages": [{"role", "content"}, …]}`; other keys are passed over.
+
+    Raises BadInput naming file and line.
+    """
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError as error:
-        raise BadInput(f"{file} is missing: merging the experts needs it; train the run again.") from error
+        raise BadInput(f"{file} does not exist; give a file of dialogues, one JSON object a line.") from error
     except UnicodeDecodeError as error:
-        raise BadInput(f"{file} is not UTF-8 ({error}); train the run again.") from error
+        raise BadInput(f"{file} is not UTF-8 ({error}); save it as UTF-8 or train the run again.") from error
     dialogues = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -132,8 +146,10 @@ def _calibration(path: Path) -> list[Dialogue]:
             if not messages or messages[-1]["role"] != "assistant":
                 raise ValueError("the dialogue does not end with an answer")
         except (ValueError, KeyError, TypeError) as error:
-            raise BadInput(f"{file}, line {number}: not a dialogue ({error!r}); train the run again.") from error
+            raise BadInput(
+                f"{file}, line {number}: not a dialogue ({error!r}); mend the line or train the run again."
+            ) from error
         dialogues.append(Dialogue(str(record.get("task", "")), messages))
     if not dialogues:
-        raise BadInput(f"{file} holds no dialogue; merging the experts needs at least one, train the run again.")
+        raise BadInput(f"{file} holds no dialogue; merging the experts needs at least one.")
     return dialogues

@@ -34,9 +34,10 @@ def test_room_imports_only_what_it_may(room: str) -> None:
         assert rooms <= ALLOWED[room], f"{path.relative_to(PROJECT)} imports {rooms - ALLOWED[room]}"
 
 
-def test_quantize_uses_only_the_trainers_mue_and_recipe() -> None:
+def test_quantize_uses_only_the_trainers_mue_recipe_and_prompts() -> None:
     used = {n for path in (PROJECT / "quantize").rglob("*.py") for n in _imports(path) if n.startswith("trainer")}
-    assert all(name.startswith(("trainer.mue", "trainer.recipe")) or name == "trainer" for name in used), used
+    allowed = ("trainer.mue", "trainer.recipe", "trainer.prompts")
+    assert all(name.startswith(allowed) or name == "trainer" for name in used), used
     assert used
 
 

@@ -27,7 +27,7 @@ from trainer.stages.checkpoints import flush, forget_after
 
 FOLDERS = {stage: f"{number}-{stage}" for number, stage in enumerate(STAGES, 1)}
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "tokenizers")
-_CALIBRATION_DIALOGUES = 64
+_DIALOGUES = 256  # of calibration.jsonl and held_out.jsonl, at most
 # Settings that change nothing in what was trained so far; stages that are not done may change as a whole.
 _FREE = {"loggers", "device", "attention"}
 # Settings of a stage that has begun that leave its place among the rows, its weights and its optimiser as they are.
@@ -196,14 +196,16 @@ class RunFolder:
             "stages": {},
         }
         shutil.copyfile(prompts.PROMPTS_FILE, self.path / "prompts.json")
-        self._write_calibration(corpus, recipe.seed)
+        self._copy_dialogues(corpus / "mue.jsonl", "calibration.jsonl", recipe.seed)
+        if (corpus / "held_out_questions.jsonl").exists():
+            self._copy_dialogues(corpus / "held_out_questions.jsonl", "held_out.jsonl", recipe.seed)
         self.write()
 
-    def _write_calibration(self, corpus: Path, seed: int) -> None:
-        """Dialogues of the training split on which quantize measures gates and losses."""
-        records = [r for r in read_records(corpus / "mue.jsonl") if r.task in prompts.prompts()["task_prompts"]]
-        chosen = random.Random(seed).sample(records, min(_CALIBRATION_DIALOGUES, len(records)))
-        with (self.path / "calibration.jsonl").open("w", encoding="utf-8") as file:
+    def _copy_dialogues(self, source: Path, name: str, seed: int) -> None:
+        """Dialogues of the three tasks for quantize: it merges the experts on some and measures the loss on others."""
+        records = [r for r in read_records(source) if r.task in prompts.prompts()["task_prompts"]]
+        chosen = random.Random(seed).sample(records, min(_DIALOGUES, len(records)))
+        with (self.path / name).open("w", encoding="utf-8") as file:
             for record in chosen:
                 row = {"task": record.task, "messages": [m.model_dump() for m in record.messages or ()]}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -16,7 +16,7 @@ from peft import get_peft_model
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from quantize.live import suitable_threads
+from quantize.hugging_face import suitable_threads
 from quantize.strings import medical_strings
 from trainer.mue import MueConfig
 from trainer.prompts import chat_template, prompts, system
@@ -111,6 +111,15 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 def one_thread():
     """Models this small run several times faster without waiting for a second thread."""
     with suitable_threads(0):
+        yield
+
+
+@pytest.fixture(autouse=True, scope="package")
+def short_texts():
+    """Enough text for every check to have something to see; the figures do not matter for random weights."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("quantize.reference._TEXT_TOKENS", (256, 512))
+        patch.setattr("quantize.reference._GREEDY_TOKENS", 16)
         yield
 
 

@@ -67,7 +67,7 @@ CASES: dict[str, tuple[Damage, str]] = {
     "wrong rank": (edit_json("4-mue/adapter_config.json", lambda c: c.update(r=3)), "of rank 3"),
     "another architecture": (edit_json(CONFIG, lambda c: c.update(architectures=["GPT2Model"])), "GPT2Model"),
     "no rope theta": (edit_json(CONFIG, lambda c: c.pop("rope_parameters")), "rope_theta"),
-    "scaled rope": (edit_json(CONFIG, lambda c: c["rope_parameters"].update(rope_type="yarn")), "yarn"),
+    "scaled rope": (edit_json(CONFIG, lambda c: c["rope_parameters"].update(rope_type="dynamic")), "dynamic"),
     "no head_dim": (edit_json(CONFIG, lambda c: c.update(head_dim=None)), "head_dim"),
     "wrong pre-tokenizer": (
         edit_json(TOKENIZER, lambda t: t["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex=r"\w+|\s+")),
@@ -79,7 +79,7 @@ CASES: dict[str, tuple[Damage, str]] = {
     ),
     "other normalizer": (edit_json(TOKENIZER, lambda t: t.update(normalizer={"type": "NFKC"})), "NFKC"),
     "no merges": (edit_json(TOKENIZER, lambda t: t["model"].update(merges=[])), "no merges"),
-    "byte missing": (edit_json(TOKENIZER, lambda t: t["model"]["vocab"].pop("Ċ")), "1 of 256 byte tokens"),
+    "byte missing": (edit_json(TOKENIZER, lambda t: t["model"]["vocab"].pop("Ċ")), "byte tokens are missing"),
     "more tokens than rows": (
         edit_json(TOKENIZER, lambda t: t["model"]["vocab"].update({"zz": 5000})),
         "ids up to 5000",
@@ -92,7 +92,7 @@ CASES: dict[str, tuple[Damage, str]] = {
     "no chat template": (lambda run: (run / "3-dfpo/chat_template.jinja").unlink(), "chat template"),
     "template marks no answer": (
         lambda run: (run / "3-dfpo/chat_template.jinja").write_text("{{ messages[0]['content'] }}"),
-        "marks no assistant tokens",
+        "drops or repeats a message",
     ),
     "unknown contract": (edit_json("prompts.json", lambda p: p.update(contract=9)), "contract 9"),
     "name that is a path": (edit_json("run.json", lambda r: r.update(name="../x")), "--name"),
@@ -124,7 +124,7 @@ def test_refuses(case: str, damaged: Path, tmp_path: Path, capsys: pytest.Captur
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["nowhere"], "no run folder nowhere"),
+        (["nowhere"], "no folder nowhere"),
         ([], "required"),
         (["x", "--quant", "Q3_K"], "Q8_0"),
         (["x", "--merge", "best"], "usage"),

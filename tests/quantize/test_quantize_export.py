@@ -57,7 +57,7 @@ def test_fidelity_is_measured(distribution: Path) -> None:
     assert report["failed"] == []
     assert gates["top1_vs_hf", "F32"]["value"] == 1.0
     assert gates["kld_vs_hf", "F32"]["value"] < 1e-6
-    assert gates["token_ids", "F32"]["detail"].startswith("224 strings")
+    assert gates["token_ids", "F32"]["detail"].startswith("573 strings")
     # Coarser types are farther away, and none is free.
     distances = [gates["kld_vs_f32", quant]["value"] for quant in ("Q8_0", "Q4_K_M")]
     assert 0 < distances[0] < distances[1]
@@ -91,7 +91,7 @@ def test_metadata_carries_the_contract(distribution: Path, wide: Path) -> None:
         assert json.loads(metadata["pediatricsgpt.phrases"]) == prompts["phrases"]
         assert json.loads(metadata["pediatricsgpt.task_prompts"]) == prompts["task_prompts"]
         assert json.loads(metadata["pediatricsgpt.merge_fidelity"])["nll_base"] > 0
-        assert metadata["pediatricsgpt.merge_method"] == "usage"
+        assert metadata["pediatricsgpt.merge_method"] == "least-squares"
         assert "generation %}" not in metadata["tokenizer.chat_template"]
 
 
@@ -145,5 +145,5 @@ def test_generation_ends_where_the_source_ends(
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert "pediatricsgpt quantize runs/demo --quant Q4_K_M" in out
+    assert "pediatricsgpt quantize Qwen3-1.7B --quant Q4_K_M" in out
     assert "exit codes" in out

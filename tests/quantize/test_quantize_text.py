@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from quantize import chat, strings, tokenizer
+from quantize import chat, strings
+from quantize.vocabulary import read, without_generation_tags
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -36,14 +37,14 @@ def test_removing_generation_tags_renders_the_same(tags: tuple[str, str], tiny: 
     messages = [{"role": "user", "content": "发热？"}, {"role": "assistant", "content": "多喝水。"}]
     own = AutoTokenizer.from_pretrained(tiny / "3-dfpo")
     expected = own.apply_chat_template(messages, chat_template=template, tokenize=False)
-    stripped = tokenizer.without_generation_tags(template)
+    stripped = without_generation_tags(template)
     assert "generation %}" not in stripped
     assert chat.render(stripped, messages) == expected
 
 
 def test_vocabulary_is_padded_and_typed(tiny: Path) -> None:
     size = json.loads((tiny / "3-dfpo/config.json").read_text())["vocab_size"]
-    vocabulary = tokenizer.read(tiny / "3-dfpo", size)
+    vocabulary = read(tiny / "3-dfpo", size)
     assert len(vocabulary.tokens) == size
     assert vocabulary.tokens[-5:] == [f"[PAD{n}]" for n in range(size - 5, size)]
     assert vocabulary.types[-5:] == [5] * 5
@@ -81,7 +82,7 @@ def test_the_ollama_template_is_offered_for_chatml_only() -> None:
 
 def test_fixed_texts() -> None:
     texts = strings.medical_strings()
-    assert len(texts) == len(set(texts)) >= 200
+    assert len(texts) == len(set(texts)) >= 500
     assert texts == strings.medical_strings()
     everything = "".join(texts)
     for piece in ("℃", "mg/kg", "𠮷", "👨‍👩‍👧‍👦", "\r\n", "\t\t", "      ", "　"):

@@ -30,6 +30,16 @@ def folder(tmp_path: Path) -> RunFolder:
     return folder
 
 
+def test_quantize_gets_dialogues_to_merge_on_and_others_to_measure_on(folder: RunFolder) -> None:
+    kept = {}
+    for name in ("calibration.jsonl", "held_out.jsonl"):
+        rows = [json.loads(line) for line in (folder.path / name).read_text(encoding="utf-8").splitlines()]
+        assert {row["task"] for row in rows} <= {"knowledge", "diagnosis", "treatment"}
+        kept[name] = {json.dumps(row["messages"], ensure_ascii=False) for row in rows}
+    assert all(kept.values())
+    assert not kept["calibration.jsonl"] & kept["held_out.jsonl"]
+
+
 def test_the_same_recipe_goes_on(folder: RunFolder) -> None:
     again = RunFolder(folder.path)
     assert again.read()

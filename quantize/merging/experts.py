@@ -1,21 +1,14 @@
-"""MUE experts folded into dense weights.
-
-Per layer the live adapter adds ``s · (B_0 A_0 x + Σ_e g_e(x) B_e A_e x)``. A dense weight cannot know the
-token, so the gates g_e(x) are replaced by constants: their mean over the calibration tokens (`usage`),
-1/N (`uniform`), or 0 (`universal`, the baseline that drops the specific experts). The products B_e A_e
-are averaged, never A and B separately.
-"""
+"""The experts of a saved MUE adapter."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from quantize.architectures import TensorPlan
+from quantize.architectures import TensorPlan, source_shapes
 from quantize.checkpoint import Tensors
 from quantize.errors import BadInput
 from quantize.run_folder import read_object
@@ -26,27 +19,25 @@ _PARTS = {"A", "B", "route", "noise"}
 
 @dataclass(frozen=True)
 class Experts:
-    """The experts of one linear layer: A [(1+N)·r, in] and B [out, (1+N)·r], the universal expert first."""
+    """The experts of one linear layer: A [(1+N)·r, in] and B [out, (1+N)·r], the universal expert first.
+
+    The live layer adds ``B ((1, g(x)) ⊗ 1_r ⊙ A x)``: the adapter's scaling is folded into B.
+    """
 
     a: np.ndarray
     b: np.ndarray
     rank: int
-    scaling: float
 
     @property
     def num_specific(self) -> int:
         return self.a.shape[0] // self.rank - 1
-
-    def delta_rows(self, coefficients: np.ndarray, start: int, stop: int) -> np.ndarray:
-        """Rows start:stop of ``s · Σ_j c_j B_j A_j``, float32 [rows, in]; coefficients: [1+N]."""
-        weights = np.repeat(coefficients, self.rank) * self.scaling
-        return (self.b[start:stop] * weights.astype(np.float32)) @ self.a
 
 
 class Adapter:
     """A saved MUE adapter, by the name of the layer it sits on (`model.layers.0.mlp.gate_proj`)."""
 
     def __init__(self, folder: Path) -> None:
+        """Raises BadInput when the folder is damaged, incomplete, of another kind, or not finite."""
         config = read_object(folder / "adapter_config.json")
         if config.get("peft_type") != "MUE":
             raise BadInput(f"{folder} holds a {config.get('peft_type')} adapter; only MUE adapters can be exported.")
@@ -59,7 +50,7 @@ class Adapter:
 
     def check(self, plans: list[TensorPlan]) -> None:
         """Every layer of the adapter must be a matrix of the model, of the same shape. Raises BadInput."""
-        shapes = {plan.source: plan.shape for plan in plans}
+        shapes = source_shapes(plans)
         for module, experts in self.layers.items():
             expected = (experts.b.shape[0], experts.a.shape[1])
             if shapes.get(f"{module}.weight") != expected:
@@ -67,38 +58,6 @@ class Adapter:
                     f"The adapter's layer {module} {expected} does not fit the model (it has "
                     f"{shapes.get(f'{module}.weight')}); the adapter was trained on another base, train the run again."
                 )
-
-
-class Merge:
-    """A chosen way of merging: one coefficient per expert and layer."""
-
-    def __init__(self, adapter: Adapter, method: str, usage: Mapping[str, np.ndarray]) -> None:
-        """`usage`: mean gates [N] of each layer over the calibration tokens (used by the method `usage`)."""
-        self.method = method
-        self._layers = adapter.layers
-        self.coefficients = {
-            module: expert_coefficients(method, experts.num_specific, usage.get(module))
-            for module, experts in adapter.layers.items()
-        }
-
-    def delta_rows(self, module: str, start: int, stop: int) -> np.ndarray | None:
-        """Rows start:stop of what the experts add to a layer's weight; None for a layer without experts."""
-        if module not in self._layers:
-            return None
-        return self._layers[module].delta_rows(self.coefficients[module], start, stop)
-
-
-def expert_coefficients(method: str, num_specific: int, usage: np.ndarray | None) -> np.ndarray:
-    """The constants [1+N] that stand for the gates; the universal expert's is always 1."""
-    if method == "universal":
-        specific = np.zeros(num_specific)
-    elif method == "uniform":
-        specific = np.full(num_specific, 1.0 / num_specific)
-    elif method == "usage" and usage is not None:
-        specific = np.asarray(usage, dtype=np.float64)
-    else:
-        raise ValueError(f"merge method {method!r} is unknown or lacks its gates")
-    return np.concatenate([[1.0], specific])
 
 
 def _read(folder: Path, rank: int, specific: int, scaling: float) -> dict[str, Experts]:
@@ -109,6 +68,10 @@ def _read(folder: Path, rank: int, specific: int, scaling: float) -> dict[str, E
         if match is None:
             raise BadInput(f"{folder}: the tensor {key} is no part of a MUE adapter; train the run again.")
         found.setdefault(match["module"], {})[match["part"]] = key
+        if not np.isfinite(tensors.array(key)).all():
+            raise BadInput(
+                f"{folder}: {key} holds values that are not finite; the training diverged, train the run again."
+            )
     if not found:
         raise BadInput(f"{folder} holds no experts; train the run's stage mue again.")
     layers = {}
@@ -120,5 +83,5 @@ def _read(folder: Path, rank: int, specific: int, scaling: float) -> dict[str, E
         routers = (tensors.shape(keys["route"]), tensors.shape(keys["noise"]))
         if a.shape[0] != total or b.shape[1] != total or routers != ((specific, a.shape[1]),) * 2:
             raise BadInput(f"{folder}: {module} does not have {1 + specific} experts of rank {rank}; train it again.")
-        layers[module] = Experts(a, b, rank, scaling)
+        layers[module] = Experts(a, b * np.float32(scaling), rank)
     return layers

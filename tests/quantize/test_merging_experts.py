@@ -1,8 +1,9 @@
-"""Merging against independent computations."""
+"""The experts of an adapter file, and constants for their gates, against independent computations."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,13 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
-from quantize import cli, header
-from quantize.experts import Adapter, Merge, expert_coefficients
+from quantize.architectures import for_config
+from quantize.checkpoint import Checkpoint
+from quantize.errors import BadInput
 from quantize.live import Live
-from quantize.merging import measure_merge, merge_sentence
+from quantize.merging.collect import mean_gates
+from quantize.merging.constants import constant_gates
+from quantize.merging.experts import Adapter
 from quantize.run_folder import RunFolder
 
 LAYER = "model.layers.1.mlp.up_proj"
@@ -41,20 +45,23 @@ def dense_delta(run: Path, layer: str, gates: np.ndarray) -> np.ndarray:
 )
 def test_delta_equals_the_dense_sum(tiny: Path, method: str, gates: list[float]) -> None:
     adapter = Adapter(tiny / "4-mue")
-    merge = Merge(adapter, method, dict.fromkeys(adapter.layers, np.array([0.2, 0.7, 0.1])))
+    merge = constant_gates(adapter, method, dict.fromkeys(adapter.layers, np.array([0.2, 0.7, 0.1])))
     expected = dense_delta(tiny, LAYER, np.array(gates))
-    found = merge.delta_rows(LAYER, 0, len(expected))
+    found = merge.delta_rows(LAYER, slice(None))
     assert found is not None
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
-    middle = merge.delta_rows(LAYER, 10, 20)
+    middle = merge.delta_rows(LAYER, slice(10, 20))
     assert middle is not None
     np.testing.assert_allclose(middle, expected[10:20], rtol=0, atol=1e-6 * np.abs(expected).max())
-    assert merge.delta_rows("model.layers.1.self_attn.q_proj", 0, 1) is None
+    picked = merge.delta_rows(LAYER, np.array([7, 3, 90]))
+    assert picked is not None
+    np.testing.assert_allclose(picked, expected[[7, 3, 90]], rtol=0, atol=1e-6 * np.abs(expected).max())
+    assert merge.delta_rows("model.layers.1.self_attn.q_proj", slice(0, 1)) is None
 
 
-def test_unknown_method_is_an_error() -> None:
+def test_unknown_method_is_an_error(tiny: Path) -> None:
     with pytest.raises(ValueError, match="average"):
-        expert_coefficients("average", 3, None)
+        constant_gates(Adapter(tiny / "4-mue"), "average")
 
 
 def hand_gates(run: Path, layer: str) -> np.ndarray:
@@ -75,50 +82,31 @@ def hand_gates(run: Path, layer: str) -> np.ndarray:
     return (logits / logits.sum(-1, keepdims=True)).mean(0)
 
 
-def test_usage_gates_and_exported_weight_equal_a_hand_computation(tiny: Path, tmp_path: Path) -> None:
+def test_mean_gates_equal_a_hand_computation(tiny: Path) -> None:
     gates = hand_gates(tiny, LAYER)
     assert gates.max() - gates.min() > 0.02  # else uniform merging would pass as well
     live = Live(tiny / "3-dfpo", tiny / "4-mue")
-    usage, _ = live.measure(live.tokenise(RunFolder.open(tiny).calibration), lambda: None)
+    usage = mean_gates(live, live.tokenise(RunFolder.open(tiny).calibration), lambda: None)
     np.testing.assert_allclose(usage[LAYER], gates, atol=1e-6)
-    assert cli.main([str(tiny), "--output", str(tmp_path / "dist"), "--quant", "F32"]) == 0
-    written = header.read(tmp_path / "dist/tiny-F32.gguf").rows("blk.1.ffn_up.weight", 0, 128)
-    base = load_file(tiny / "3-dfpo/model.safetensors")[f"{LAYER}.weight"]
-    np.testing.assert_allclose(written, base + dense_delta(tiny, LAYER, gates), atol=2e-6)
 
 
-def test_with_constant_gates_merging_loses_nothing(damaged: Path) -> None:
+def test_adapter_of_another_base_is_refused(tiny: Path, make: Callable[..., Path], tmp_path: Path) -> None:
+    """Other shapes, and layers that the model does not have."""
+    checkpoint = Checkpoint(tiny / "3-dfpo")
+    plans = for_config(checkpoint.config).plan(checkpoint.config)
+    Adapter(tiny / "4-mue").check(plans)
+    with pytest.raises(BadInput, match=r"mlp\..+ does not fit the model .+another base"):
+        Adapter(make(tmp_path / "wider", hidden=96) / "4-mue").check(plans)
+    with pytest.raises(BadInput, match=r"it has None.+another base"):
+        Adapter(tiny / "4-mue").check([plan for plan in plans if "layers.1.mlp.up_proj" not in plan.source])
+
+
+@pytest.mark.parametrize("part", ["A", "route"])
+def test_values_that_are_not_finite_are_refused(damaged: Path, part: str) -> None:
     file = damaged / "4-mue/adapter_model.safetensors"
-    tensors = {k: np.zeros_like(v) if "route" in k else v for k, v in load_file(file).items()}
+    tensors = load_file(file)
+    key = f"base_model.model.{LAYER}.mue_{part}.weight"
+    tensors[key][1, 5] = np.nan
     save_file(tensors, file)
-    run = RunFolder.open(damaged)
-    live = Live(run.checkpoint, run.adapter)
-    _, report = measure_merge(live, Adapter(run.adapter), run, "usage", lambda *_: None)
-    assert report["nll_merged"] == pytest.approx(report["nll_live"], abs=1e-5)
-    assert report["nll_base"] != pytest.approx(report["nll_live"], abs=1e-3)
-
-
-def test_losses_are_those_of_the_assistant_tokens(tiny: Path) -> None:
-    run = RunFolder.open(tiny)
-    live = Live(run.checkpoint, run.adapter)
-    dialogues = live.tokenise(run.calibration)
-    texts = [live.tokenizer.decode([i for i, mark in zip(d.ids, d.assistant, strict=True) if mark]) for d in dialogues]
-    assert texts == [d.messages[-1]["content"] + "<|im_end|>" for d in run.calibration]
-    model = Qwen3ForCausalLM.from_pretrained(tiny / "3-dfpo", dtype=torch.float32)
-    total, count = 0.0, 0
-    for dialogue in dialogues:
-        labels = torch.tensor([[i if mark else -100 for i, mark in zip(dialogue.ids, dialogue.assistant, strict=True)]])
-        tokens = sum(dialogue.assistant)
-        loss = model(input_ids=torch.tensor([dialogue.ids]), labels=labels).loss
-        total, count = total + loss.item() * tokens, count + tokens
-    assert live.base_loss(dialogues, lambda: None) == pytest.approx(total / count, abs=1e-5)
-
-
-def test_says_so_when_the_experts_gained_nothing(damaged: Path) -> None:
-    file = damaged / "4-mue/adapter_model.safetensors"
-    save_file({k: np.zeros_like(v) if "mue_B" in k else v for k, v in load_file(file).items()}, file)
-    run = RunFolder.open(damaged)
-    live = Live(run.checkpoint, run.adapter)
-    _, report = measure_merge(live, Adapter(run.adapter), run, "usage", lambda *_: None)
-    assert report["kept"] is None
-    assert "gained nothing" in merge_sentence(report)
+    with pytest.raises(BadInput, match=f"mue_{part}.+not finite.+train the run again"):
+        Adapter(damaged / "4-mue")

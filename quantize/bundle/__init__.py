@@ -1,0 +1,1 @@
+"""Everything a computer without a network needs, in one folder: wheels, model, installer, checksums."""

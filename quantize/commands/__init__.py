@@ -1,0 +1,1 @@
+"""The commands of the shipping room, one module each."""

@@ -1,0 +1,80 @@
+"""What an export would make, before anything is written: sizes, disk, and which laptop can run it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+
+from quantize import sizes
+from quantize.export import Options
+from quantize.fidelity import KEY, RESERVED_BYTES
+from quantize.metadata import metadata, size_label
+from quantize.prepare import prepare
+from quantize.reference import logits_bytes
+from quantize.source import open_source
+from quantize.study import merge_method
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Bytes of every file by type, free disk needed meanwhile, and the memory each file needs in use."""
+
+    name: str
+    parameters: int
+    merge: str | None
+    files: dict[str, int]
+    disk: int
+    needs: list[sizes.Need]
+
+    def record(self) -> dict[str, Any]:
+        """As one JSON object; bytes."""
+        return {
+            "name": self.name,
+            "parameters": self.parameters,
+            "merge": self.merge,
+            "files": self.files,
+            "disk_needed": self.disk,
+            "memory": [
+                {"quant": n.quant, "context": n.context, "f16_cache": n.total, "q8_0_cache": n.total_q8_0}
+                for n in self.needs
+            ],
+        }
+
+    def table(self) -> Group:
+        """For a person."""
+        table = Table(title=f"{self.name}: {size_label(self.parameters)} parameters", title_justify="left")
+        table.add_column("type")
+        table.add_column("file", justify="right")
+        for quant, nbytes in self.files.items():
+            table.add_row(quant, f"{nbytes / 2**20:,.1f} MiB")
+        table.caption = f"free disk needed while exporting: {self.disk / 2**30:.2f} GiB; nothing was written"
+        return Group(table, sizes.fit_table(self.needs))
+
+
+def forecast(options: Options) -> Forecast:
+    """Reads headers and configuration only. Sizes leave out the figures of a merge, a few kilobytes of metadata.
+
+    Raises BadInput for what the export itself would refuse early.
+    """
+    prepared = prepare(open_source(options.source, options.adapter, options.calibration), options.name)
+    method = merge_method(prepared, options.merge, options.rank)
+    values = {**metadata(prepared, {}, None), KEY: " " * RESERVED_BYTES}
+    model = sizes.Blueprint(prepared.architecture, values, prepared.plans)
+    matrix = options.importance != "off"
+    files = {
+        quant: sizes.file_bytes(model, quant, imatrix=matrix, overrides=options.tensor_types)
+        for quant in options.quants
+    }
+    base = options.intermediate(prepared.stored)
+    logits = logits_bytes(len(prepared.vocabulary.tokens)) if options.check != "quick" else 0
+    return Forecast(
+        prepared.name,
+        prepared.parameters,
+        method,
+        files,
+        sizes.disk_needed(model, options.quants, base, logits),
+        sizes.needs(model, files),
+    )
