@@ -68,6 +68,7 @@ class Result:
 def export(options: Options, progress: Progress) -> Result:
     """Converts, checks, and only then publishes. Raises BadInput; OSError for a failing disk becomes BadInput."""
     prepared = prepare(open_source(options.source, options.adapter, options.calibration), options.name)
+    options = within_reach(options, prepared)
     output = options.output or Path("dist") / prepared.name
     targets = {quant: output / distribution.file_name(prepared.name, quant) for quant in options.quants}
     publishing.refuse_overwriting(output, list(targets.values()), options.force)
@@ -122,6 +123,18 @@ def export(options: Options, progress: Progress) -> Result:
         return Result(output, output / "fidelity.json", report)
 
 
+def within_reach(options: Options, prepared: Prepared) -> Options:
+    """Where transformers cannot run the model, `full` becomes `file`. Raises BadInput for what needs it running."""
+    if prepared.runnable:
+        return options
+    if options.imatrix in ("auto", "on"):
+        raise BadInput(
+            "transformers cannot run a Baichuan checkpoint, so there is no importance matrix; leave --imatrix out, or "
+            "convert a 7B with `pediatricsgpt train` first."
+        )
+    return replace(options, check="file" if options.check == "full" else options.check)
+
+
 class _Files:
     """The model files of one export: each written, then checked, then told what was measured of it."""
 
@@ -135,7 +148,7 @@ class _Files:
         progress: Progress,
     ) -> None:
         self._options, self._prepared, self._work, self._progress = options, prepared, work, progress
-        values = {**metadata(prepared, inputs, studied.report), KEY: " " * RESERVED_BYTES}
+        values = {**metadata(prepared, inputs, studied.method, studied.report), KEY: " " * RESERVED_BYTES}
         self.blueprint = sizes.Blueprint(prepared.architecture, values, prepared.plans)
         self._weights = writer.Weights(prepared.checkpoint.tensors, studied.merge)
         self._base = options.intermediate(prepared.stored)

@@ -9,7 +9,7 @@ from rich.console import Group
 from rich.table import Table
 
 from quantize import sizes
-from quantize.export import Options
+from quantize.export import Options, within_reach
 from quantize.fidelity import KEY, RESERVED_BYTES
 from quantize.metadata import metadata, size_label
 from quantize.prepare import prepare
@@ -45,13 +45,16 @@ class Forecast:
 
     def table(self) -> Group:
         """For a person."""
-        table = Table(title=f"{self.name}: {size_label(self.parameters)} parameters", title_justify="left")
+        table = Table()
         table.add_column("type")
         table.add_column("file", justify="right")
         for quant, nbytes in self.files.items():
             table.add_row(quant, f"{nbytes / 2**20:,.1f} MiB")
-        table.caption = f"free disk needed while exporting: {self.disk / 2**30:.2f} GiB; nothing was written"
-        return Group(table, sizes.fit_table(self.needs))
+        head = f"{self.name}: {size_label(self.parameters)} parameters" + (
+            f", merged by {self.merge}" * bool(self.merge)
+        )
+        disk = f"Free disk needed while exporting: {self.disk / 2**30:.2f} GiB. Nothing was written.\n"
+        return Group(head, table, disk, sizes.fit_table(self.needs))
 
 
 def forecast(options: Options) -> Forecast:
@@ -60,8 +63,9 @@ def forecast(options: Options) -> Forecast:
     Raises BadInput for what the export itself would refuse early.
     """
     prepared = prepare(open_source(options.source, options.adapter, options.calibration), options.name)
+    options = within_reach(options, prepared)
     method = merge_method(prepared, options.merge, options.rank)
-    values = {**metadata(prepared, {}, None), KEY: " " * RESERVED_BYTES}
+    values = {**metadata(prepared, {}, method, None), KEY: " " * RESERVED_BYTES}
     model = sizes.Blueprint(prepared.architecture, values, prepared.plans)
     matrix = options.importance != "off"
     files = {

@@ -7,11 +7,16 @@ import json
 from typing import Any
 
 from quantize.architectures import Value
+from quantize.distribution.origin import Origin
 from quantize.prepare import Prepared
 
 
-def metadata(prepared: Prepared, inputs: dict[str, str], merge: dict[str, Any] | None) -> dict[str, Value]:
-    """Every key of the file but the tensors' types. `inputs`: sha256 of the source's files; `merge`: its report.
+def metadata(
+    prepared: Prepared, inputs: dict[str, str], method: str | None, merge: dict[str, Any] | None
+) -> dict[str, Value]:
+    """Every key of the file but the tensors' types.
+
+    inputs: sha256 of the source's files. method: how an adapter was merged, and `merge` what that cost.
 
     A model that is not ours gets no prompts: the app then takes its built-in ones and says so.
     """
@@ -21,16 +26,17 @@ def metadata(prepared: Prepared, inputs: dict[str, str], merge: dict[str, Any] |
         "general.name": prepared.name,
         "general.size_label": size_label(prepared.parameters),
         "general.description": _description(prepared),
-        "general.languages": ["zh"],
+        "general.license": Origin.of(source).licence,
         "general.quantized_by": "PediatricsGPT",
         "pediatricsgpt.source_sha256": hashlib.sha256(_compact(inputs).encode()).hexdigest(),
     }
+    if method is not None:
+        values["pediatricsgpt.merge_method"] = method
     if merge is not None:
-        values["pediatricsgpt.merge_method"] = merge["method"]
         values["pediatricsgpt.merge_fidelity"] = _compact({k: v for k, v in merge.items() if k != "table"})
     if source.prompts is not None:
         values |= {
-            "general.license": "apache-2.0",
+            "general.languages": ["zh"],
             "general.tags": ["pediatrics", "text-generation"],
             "general.sampling.temp": 0.0,
             "pediatricsgpt.contract": int(source.prompts["contract"]),

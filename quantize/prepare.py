@@ -29,6 +29,11 @@ class Prepared:
     stored: str
 
     @property
+    def runnable(self) -> bool:
+        """Whether transformers can run the checkpoint; Baichuan's own code needs a version of years ago."""
+        return self.architecture != "baichuan"
+
+    @property
     def context(self) -> int:
         """How many tokens the model was made for."""
         context = self.hyper_parameters[f"{self.architecture}.context_length"]

@@ -46,6 +46,11 @@ class Studied:
     importance: Importance | None = None
     importance_text: str = ""
 
+    @property
+    def method(self) -> str | None:
+        """How an adapter was merged: a method of METHODS, or lora; None without one."""
+        return self.merge.method if self.merge is not None else None
+
 
 def merge_method(prepared: Prepared, wanted: str | None, rank: int | None) -> str | None:
     """How the experts are merged: what was asked for, else the best that is possible; None without experts.
@@ -57,7 +62,8 @@ def merge_method(prepared: Prepared, wanted: str | None, rank: int | None) -> st
         if wanted or rank:
             raise BadInput("--merge and --rank are for MUE experts; this source has none.")
         return None
-    return wanted or (METHODS[0] if source.calibration else "uniform")
+    possible = bool(source.calibration) and prepared.runnable
+    return wanted or (METHODS[0] if possible else "uniform")
 
 
 def study(
@@ -73,10 +79,10 @@ def study(
 ) -> Studied:
     """Everything in one loading of the model; without torch when `level` and the merge can do without it.
 
-    Raises BadInput, also for a `level` full on a model that transformers cannot run.
+    Raises BadInput.
     """
     source, context = prepared.source, prepared.context
-    measured = method is not None and bool(source.calibration)
+    measured = method is not None and bool(source.calibration) and prepared.runnable
     if level != "full" and not measured and not importance:
         reference = collect_plain(source, prepared.vocabulary, context, level, parameters=prepared.parameters)
         return Studied(_folded(prepared, method), reference)

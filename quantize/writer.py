@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -140,9 +141,9 @@ def write(
     total = sum(tensor_bytes(plan.shape, kind) for plan, kind in zip(plans, kinds, strict=True))
     work = (task for plan, kind in zip(plans, kinds, strict=True) for task in _tasks(plan, kind, weights))
     done = 0
-    with path.open("wb") as file:
+    blocks = _in_order(work, threads or available_cores())
+    with path.open("wb") as file, contextlib.closing(blocks):
         file.write(header_bytes(architecture, metadata, plans, kinds, DIRECT[quant]))
-        blocks = _in_order(work, threads or available_cores())
         for plan, kind in zip(plans, kinds, strict=True):
             size = tensor_bytes(plan.shape, kind)
             written = 0
@@ -233,7 +234,9 @@ def _not_finite(plan: TensorPlan) -> BadInput:
     )
 
 
-def _in_order(tasks: Iterable[Callable[[], tuple[str, np.ndarray]]], threads: int) -> Iterator[tuple[str, np.ndarray]]:
+def _in_order(
+    tasks: Iterable[Callable[[], tuple[str, np.ndarray]]], threads: int
+) -> Generator[tuple[str, np.ndarray], None, None]:
     """The tasks' results in their order, computed by a few threads that never run far ahead."""
     waiting: deque[Future[tuple[str, np.ndarray]]] = deque()
     with ThreadPoolExecutor(threads, "encode") as pool:

@@ -21,6 +21,8 @@ _FOREIGN = ("use_dora", "modules_to_save", "fan_in_fan_out", "trainable_token_in
 class LoraMerge:
     """``W + s · B A`` per layer; A [r, in], B [out, r] with the scale folded in."""
 
+    method = "lora"
+
     def __init__(self, folder: Path) -> None:
         """Raises BadInput when the folder is damaged or uses what cannot be folded."""
         settings = read_object(folder / "adapter_config.json")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 import subprocess
@@ -11,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import piece_vocabulary
 import pytest
-import sentencepiece
 from llama_vocabulary import SOURCE, LlamaTokenizer, llama_source, needs_source
 from sentencepiece import sentencepiece_model_pb2
 
@@ -24,7 +23,6 @@ from trainer.bases.baichuan_tokenizer import convert_tokenizer
 from trainer.prompts import baichuan_template
 
 _pb2: Any = sentencepiece_model_pb2
-CUT_OUT = ["\n", "，", "0", "1", "```", "▁▁", "▁▁▁▁", *(f"<reserved_{number}>" for number in range(104, 110))]
 SETTINGS = {"bos_token": "<s>", "eos_token": "</s>"}
 TEMPLATE = {**SETTINGS, "chat_template": baichuan_template()}
 
@@ -32,22 +30,7 @@ TEMPLATE = {**SETTINGS, "chat_template": baichuan_template()}
 @pytest.fixture(scope="module")
 def trained() -> bytes:
     """A small vocabulary like Baichuan2's."""
-    written = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(medical_strings()),
-        model_writer=written,
-        model_type="bpe",
-        vocab_size=1000,
-        character_coverage=0.98,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        add_dummy_prefix=False,
-        user_defined_symbols=CUT_OUT,
-        num_threads=1,
-        minloglevel=2,
-    )
-    return written.getvalue()
+    return piece_vocabulary.train()
 
 
 Edit = Callable[[Any], Any]
