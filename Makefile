@@ -19,6 +19,7 @@ run: $(VENV)/base.stamp
 	@$(BIN)/pediatricsgpt
 
 test: $(VENV)/all.stamp
+	@$(BIN)/python scripts/llama_source.py || echo "Tests against llama.cpp's own vocabularies will be skipped."
 	@$(BIN)/python -m pytest
 
 install: $(VENV)/all.stamp

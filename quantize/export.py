@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from quantize.fidelity import KEY, RESERVED_BYTES, Expected, Fidelity, Gate
 from quantize.merging.adapters import save_lora, write_gguf
 from quantize.merging.factors import Merge, difference
 from quantize.merging.table import kept_floor
-from quantize.metadata import metadata
+from quantize.metadata import draft, metadata
 from quantize.mixed import Mixed
 from quantize.prepare import Prepared, prepare
 from quantize.reference import Level, logits_bytes
@@ -75,13 +76,15 @@ def export(options: Options, progress: Progress) -> Result:
     method = merge_method(prepared, options.merge, options.rank)
     _refuse_early(options, method, prepared)
     with publishing.disk_failures(output), publishing.work_folder(output) as work:
-        _refuse_full_disk(options, prepared, output)
-        inputs = prepared.source.inputs()
-        prepared = replace(prepared, source=converted(prepared.source, work, uniform_gates=method == "uniform"))
-        studied = study(
-            prepared, method, options.check, work, progress,
-            rank=options.rank, tasks=options.task_adapters, importance=options.importance != "off",
-        )  # fmt: skip
+        publishing.refuse_full_disk(output, disk_needed(options, prepared, draft(prepared, method)))
+        with ThreadPoolExecutor(1) as beside:  # hashing the weights takes as long as writing them
+            hashed = beside.submit(prepared.source.inputs)
+            prepared = replace(prepared, source=converted(prepared.source, work, uniform_gates=method == "uniform"))
+            studied = study(
+                prepared, method, options.check, work, progress,
+                rank=options.rank, tasks=options.task_adapters, importance=options.importance != "off",
+            )  # fmt: skip
+            inputs = hashed.result()
         files = _Files(options, prepared, studied, inputs, work, progress)
         gates = [*_merge_gates(studied.report), *files.make()]
         adapters = _write_adapters(prepared, studied, work) if options.task_adapters else {}
@@ -218,16 +221,22 @@ def _refuse_early(options: Options, method: str | None, prepared: Prepared) -> N
         raise BadInput("--save-lora saves merged experts; this source has none.")
     if options.save_lora is not None and options.save_lora.exists():
         raise BadInput(f"{options.save_lora} exists already; choose another folder with --save-lora.")
+    for quant in options.mixed:
+        if sizes.MIXTURES[quant][1] in sizes.NEED_IMATRIX and options.importance == "off":
+            raise BadInput(f"{quant} needs an importance matrix; add --imatrix on, or choose Q3_K_M.")
     if options.tensor_types:
         if not options.mixed:
             raise BadInput("--tensor-type works with K- and IQ-types (Q4_K_M …), which llama.cpp's quantizer makes.")
         sizes.override_types({plan.name: plan.shape for plan in prepared.plans}, options.tensor_types)
 
 
-def _refuse_full_disk(options: Options, prepared: Prepared, output: Path) -> None:
-    base = options.intermediate(prepared.stored)
+def disk_needed(options: Options, prepared: Prepared, model: sizes.Blueprint) -> int:
+    """Free bytes an export needs meanwhile."""
     logits = logits_bytes(len(prepared.vocabulary.tokens)) if options.check != "quick" else 0
-    publishing.refuse_full_disk(output, prepared.parameters, {*options.quants, *([base] if base else [])}, logits)
+    # Two files of one type at a time while auto compares them.
+    twins = [sizes.file_bytes(model, quant) for quant in options.mixed] if options.importance == "auto" else []
+    base = options.intermediate(prepared.stored)
+    return sizes.disk_needed(model, options.quants, base, logits + max(twins, default=0))
 
 
 def _merge_gates(report: dict[str, Any] | None) -> list[Gate]:

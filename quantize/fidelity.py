@@ -306,7 +306,10 @@ class Fidelity:
     def _logits(self, found: LogitDistance, quant: str) -> list[Gate]:
         against = self._other if quant == self._base or self._track is None else str(self._base).lower()
         strict = quant == self._base
-        kld, ratio = limits.kld(quant, self._parameters), limits.perplexity(quant, self._parameters)
+        # A base of 16 bits has rounding of its own, which no file held against it can be without.
+        both = {quant} if self._track is None or self._base is None else {quant, self._base}
+        kld = max(limits.kld(name, self._parameters) for name in both)
+        ratio = max(limits.perplexity(name, self._parameters) for name in both)
         tie = f", {found.ties} ties within {limits.tie(quant):g}" if strict else ""
         self._summaries[quant] = {
             "level": self._reference.level,

@@ -9,11 +9,9 @@ from rich.console import Group
 from rich.table import Table
 
 from quantize import sizes
-from quantize.export import Options, within_reach
-from quantize.fidelity import KEY, RESERVED_BYTES
-from quantize.metadata import metadata, size_label
+from quantize.export import Options, disk_needed, within_reach
+from quantize.metadata import draft, size_label
 from quantize.prepare import prepare
-from quantize.reference import logits_bytes
 from quantize.source import open_source
 from quantize.study import merge_method
 
@@ -65,20 +63,17 @@ def forecast(options: Options) -> Forecast:
     prepared = prepare(open_source(options.source, options.adapter, options.calibration), options.name)
     options = within_reach(options, prepared)
     method = merge_method(prepared, options.merge, options.rank)
-    values = {**metadata(prepared, {}, method, None), KEY: " " * RESERVED_BYTES}
-    model = sizes.Blueprint(prepared.architecture, values, prepared.plans)
+    model = draft(prepared, method)
     matrix = options.importance != "off"
     files = {
         quant: sizes.file_bytes(model, quant, imatrix=matrix, overrides=options.tensor_types)
         for quant in options.quants
     }
-    base = options.intermediate(prepared.stored)
-    logits = logits_bytes(len(prepared.vocabulary.tokens)) if options.check != "quick" else 0
     return Forecast(
         prepared.name,
         prepared.parameters,
         method,
         files,
-        sizes.disk_needed(model, options.quants, base, logits),
+        disk_needed(options, prepared, model),
         sizes.needs(model, files),
     )

@@ -13,9 +13,10 @@ _KLD_8B = {
     "IQ3_XXS": 0.184, "IQ2_M": 0.326, "Q2_K": 0.445, "Q2_K_S": 0.480, "IQ2_S": 0.439, "IQ2_XS": 0.546,
     "IQ2_XXS": 0.812,
 }  # fmt: skip
-# Smaller models lose more: (parameters from which it holds, factor). Random models of half a million parameters showed
-# 2.6 times the 8B figure of Q8_0, trained ones of 6 million 0.9 times; room for other texts, types and seeds.
-_SIZES = ((3e9, 4.0), (3e8, 8.0), (0.0, 20.0))
+# Smaller models lose more: (parameters from which it holds, factor). Of the 8B figures, a trained model of 5 million
+# parameters showed 1.5 times (Q8_0), 3.5 times (Q4_K_M) and 2.0 times (Q4_0), one of 1 million less than its own, and
+# random ones of half a million 2.6 times (Q8_0); the rest is room for other texts, types and seeds.
+_SIZES = ((3e9, 4.0), (3e8, 6.0), (0.0, 10.0))
 # Unquantized files against the model in float32. llama.cpp rounds the activations of each product to the type of the
 # weights, which no file can help. Random models of two layers showed 9e-12, 2e-6 and 1.3e-4, trained ones of 6 million
 # parameters 1e-10 in float32; deep models add up more.
@@ -41,9 +42,11 @@ def kld(quant: str, parameters: int) -> float:
 def perplexity(quant: str, parameters: int) -> float:
     """Largest ratio of perplexities that passes.
 
-    In that README the ratio's logarithm is below the mean KL divergence for every type down to 2 bits.
+    In that README the ratio's logarithm is about the mean KL divergence for every type down to 2 bits. Rounding alone
+    moves it by no more than a standard deviation of the logits' noise, √(2·KLD).
     """
-    return math.exp(min(2.0, kld(quant, parameters)))
+    limit = kld(quant, parameters)
+    return math.exp(math.sqrt(2 * limit) if quant in FLOATS else min(2.0, limit))
 
 
 def tie(quant: str) -> float:

@@ -8,7 +8,9 @@ from typing import Any
 
 from quantize.architectures import Value
 from quantize.distribution.origin import Origin
+from quantize.fidelity import KEY, RESERVED_BYTES
 from quantize.prepare import Prepared
+from quantize.sizes import Blueprint
 
 
 def metadata(
@@ -50,6 +52,12 @@ def metadata(
     if corpus := source.run.get("corpus_sha256"):
         values["pediatricsgpt.corpus_sha256"] = str(corpus)
     return {**prepared.hyper_parameters, **prepared.vocabulary.metadata(), **values}
+
+
+def draft(prepared: Prepared, method: str | None) -> Blueprint:
+    """The file as far as it is known before anything is measured: enough for its size, but for some kilobytes."""
+    values = {**metadata(prepared, {}, method, None), KEY: " " * RESERVED_BYTES}
+    return Blueprint(prepared.architecture, values, prepared.plans)
 
 
 def size_label(parameters: int) -> str:

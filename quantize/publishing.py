@@ -21,10 +21,6 @@ LOCK = ".quantize.lock"
 FAILED = "fidelity-failed.json"
 _WORK = ".quantize.part"
 _ASIDE, _JOURNAL = "aside", "publishing.json"
-# Bytes per weight, for the disk check; matrices too narrow for 256-blocks fall back to larger types.
-_BYTES = {"F32": 4.0, "F16": 2.0, "BF16": 2.0, "Q8_0": 1.07, "Q6_K": 1.07, "IQ4_XS": 0.8, "Q4_0": 0.8}
-_BYTES_MIXED = 1.0
-_SPARE_BYTES = 64 << 20
 
 
 def refuse_overwriting(output: Path, targets: Sequence[Path], force: bool) -> None:
@@ -38,10 +34,8 @@ def refuse_overwriting(output: Path, targets: Sequence[Path], force: bool) -> No
             raise BadInput(f"{output} already holds {kind} ({path.name}); replace it with --force or choose --output.")
 
 
-def refuse_full_disk(output: Path, parameters: int, types: set[str], logits_bytes: int) -> None:
-    """Raises BadInput when the files of all `types` and the compared logits would not fit."""
-    weights = parameters * sum(_BYTES.get(kind, _BYTES_MIXED) for kind in types)
-    needed = int(weights) + logits_bytes + _SPARE_BYTES
+def refuse_full_disk(output: Path, needed: int) -> None:
+    """Raises BadInput when the disk of `output` has fewer than `needed` bytes free."""
     free = shutil.disk_usage(output).free
     if free < needed:
         raise BadInput(

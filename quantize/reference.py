@@ -167,10 +167,10 @@ def logits_bytes(vocabulary_size: int) -> int:
     return 4 * vocabulary_size * (2 * min(kept_positions(vocabulary_size), 1 << 15) + 256)
 
 
-def token_budget(parameters: int) -> int:
-    """How many tokens of held-out text a model of this size is run over."""
+def token_budget(parameters: int, vocabulary_size: int) -> int:
+    """How many tokens of held-out text a model of this size is run over; also the logits take their time."""
     least, most = _TEXT_TOKENS
-    return int(min(most, max(least, _TEXT_WORK / max(1, parameters))))
+    return int(min(most, max(least, min(_TEXT_WORK / max(1, parameters), 4 * _LOGITS / vocabulary_size))))
 
 
 def answer_tokens(parameters: int, context: int) -> int:
@@ -225,7 +225,7 @@ def _plan(
     if level == "quick":
         return reference
     held, known = [next(found) for _ in unseen], [next(found) for _ in calibration[:_SEQUENCES]]
-    longest, budget = min(context, _SEQUENCE_TOKENS), token_budget(parameters)
+    longest, budget = min(context, _SEQUENCE_TOKENS), token_budget(parameters, len(words.tokens))
     whole = _shortened(held, longest, budget)
     sequences, measured = list(whole), len(whole)
     whole = held[:measured]

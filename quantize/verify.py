@@ -45,7 +45,7 @@ def verify(options: Options, progress: Progress) -> dict[str, Any]:
     head = _read(options.file)
     level = options.level or ("full" if options.against else "file")
     quant = type_name(head)
-    gates = [_checksum(options.file)]
+    gates = [_checksum(options.file, quant)]
     with tempfile.TemporaryDirectory(prefix="pediatricsgpt-verify-") as folder:
         try:
             checks = _Checks(options, head, quant, level, Path(folder), progress)
@@ -199,15 +199,15 @@ def _rows(prepared: Prepared) -> RowsOf:
     return rows
 
 
-def _checksum(file: Path) -> Gate:
+def _checksum(file: Path, quant: str) -> Gate:
     """The file against the SHA256SUMS and the manifest that lie beside it."""
     wanted = {**_sums(file.parent / "SHA256SUMS"), **_outputs(file.parent / "manifest.json")}
     if file.name not in wanted:
-        return Gate("checksum", file.name, "none", None, True, "no SHA256SUMS or manifest.json names this file")
+        return Gate("checksum", quant, "none", None, True, "no SHA256SUMS or manifest.json names this file")
     found = file_sha256(file)
     agrees = wanted[file.name] == found and _sums(file.parent / "SHA256SUMS").get(file.name, found) == found
     detail = "as SHA256SUMS and manifest.json say" if agrees else "the file was changed after it was published"
-    return Gate("checksum", file.name, found[:16], wanted[file.name][:16], agrees, detail)
+    return Gate("checksum", quant, found[:16], wanted[file.name][:16], agrees, detail)
 
 
 def _sums(file: Path) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,12 @@ def optional(file: Path) -> dict[str, Any]:
 def open_tokenizer(file: Path) -> Tokenizer:
     """A tokenizer.json as its own library reads it. Raises BadInput when it does not."""
     try:
-        return Tokenizer.from_file(str(file))
+        state = file.stat()
+        return _opened(str(file), state.st_mtime_ns, state.st_size)
     except Exception as error:  # the library raises nothing more specific
         raise BadInput(f"{file} cannot be read ({error}); save the tokenizer again.") from error
+
+
+@functools.lru_cache(maxsize=1)  # a real vocabulary takes a third of a second, and several checks ask for it
+def _opened(file: str, _changed: int, _size: int) -> Tokenizer:
+    return Tokenizer.from_file(file)

@@ -39,7 +39,7 @@ def main(folder: Path) -> None:
 
 
 def use_vocabulary(model: Any) -> None:
-    vocabulary = llama_cpp.llama_model_get_vocab(model)
+    vocabulary: Any = llama_cpp.llama_model_get_vocab(model)
     tokens = (llama_cpp.llama_token * 256)()
     piece = ctypes.create_string_buffer(512)
     for text in TEXTS:

@@ -74,7 +74,8 @@ def test_large_models_get_fewer_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "_TEXT_TOKENS", (512, 8192))
     monkeypatch.setattr(reference, "_GREEDY_TOKENS", 256)
     sizes = (10**6, 6 * 10**8, 4 * 10**9, 10**11)
-    assert [reference.token_budget(size) for size in sizes] == [8192, 3333, 512, 512]
+    assert [reference.token_budget(size, 5000) for size in sizes] == [8192, 3333, 512, 512]
+    assert reference.token_budget(10**6, 151_936) == 1766
     assert [reference.answer_tokens(size, 4096) for size in sizes] == [256, 50, 32, 32]
     assert reference.answer_tokens(10**6, 100) == 50
     # Two models' logits and the blocks under way stay below a gigabyte for Qwen's vocabulary.
@@ -147,6 +148,18 @@ def test_a_quantized_file_against_the_unquantized_without_torch(
     assert told["against"] == "f32"
     assert told["kld"] == pytest.approx(found["kld_vs_f32"].value, rel=1e-3)
     assert len(summary.encode()) <= RESERVED_BYTES
+
+
+def test_a_finer_file_against_a_base_of_16_bits(prepared: Prepared, file: Path, tmp_path: Path) -> None:
+    """The base's own rounding must not count against the file that has less of it."""
+    truth = reference.collect_plain(prepared.source, prepared.vocabulary, prepared.context, "file")
+    expected = Expected(values(prepared), prepared.architecture, prepared.plans, prepared.vocabulary)
+    checks = Fidelity(truth, expected, tmp_path, base="BF16")
+    coarse = write(prepared, tmp_path / "x-BF16.gguf", "BF16")
+    assert all(gate.passed for gate in checks.check(coarse, "BF16", None, lambda *_: None))
+    found = {gate.name: gate for gate in checks.check(file, "F32", None, lambda *_: None)}
+    assert found["kld_vs_bf16"].passed
+    assert float(found["kld_vs_bf16"].value or 0) > limits.kld("F32", 0)
 
 
 def test_a_changed_file_fails_against_the_unquantized(prepared: Prepared, file: Path, tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_agrees_with_torch_block_by_block(tmp_path: Path, monkeypatch: pytest.Mo
         torch.nn.functional.cross_entropy(torch.from_numpy(x[:-1]).double(), torch.tensor(i[1:]), reduction="none")
         for x, i in zip(b, ids, strict=True)
     ]
-    assert found.perplexity[1] == pytest.approx(torch.cat(losses).mean().exp().item(), rel=1e-9)
+    assert found.perplexity[1] == pytest.approx(torch.cat(losses).mean().exp().item(), rel=1e-6)
     assert {path.name for path in tmp_path.iterdir()} == {"logits-0.npy", "logits-1.npy"}
 
 
