@@ -221,13 +221,18 @@ def test_a_wrong_eos_is_seen_without_the_source(source: Path, tmp_path: Path, ru
     assert (code, report["failed"]) == (1, ["eos (F32)"])
 
 
-def test_a_template_that_rewrites_the_past(source: Path, tmp_path: Path, run: Run) -> None:
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_template_that_rewrites_the_past(ours: bool, source: Path, tmp_path: Path, run: Run) -> None:
+    """A fault in a model of ours; of a foreign one it is only told."""
+
     def change(_: Prepared, values: Values) -> None:
         values["tokenizer.chat_template"] = values["tokenizer.chat_template"].rstrip() + "{{ messages|length }}"
+        if ours:
+            values["pediatricsgpt.contract"] = 1
 
     code, report = run(written(tmp_path, source, "F32", change), "--level", "quick")
-    assert code == 1
-    assert "append_only (F32)" in report["failed"]
+    assert (code, report["failed"]) == ((1, ["append_only (F32)"]) if ours else (0, []))
+    assert next(gate["value"] for gate in report["gates"] if gate["name"] == "append_only") > 0
 
 
 @pytest.mark.parametrize("template", ["{% for %}", "{{ messages[0].content }}", "{{ 1 / 0 }}", "{{ range(10**9) }}"])
