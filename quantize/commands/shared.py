@@ -14,6 +14,29 @@ from rich.table import Table
 from quantize.errors import BadInput
 from quantize.merging.table import merge_rows
 
+# What a person reads for the name of a check in fidelity.json.
+_LABELS = {
+    "opens": "opens in llama.cpp",
+    "checksum": "sha256",
+    "header": "wrong header values",
+    "types": "types of the tensors",
+    "token_ids": "texts with other token ids",
+    "text_restored": "texts that tokens do not restore",
+    "typed_control_text": "typed text read as control",
+    "chat_template": "renderings that differ",
+    "append_only": "turns that rewrite earlier ones",
+    "eos": "an answer's end ends it",
+    "eos_after_answer": "ends of given answers missed",
+    "top1": "same first choice",
+    "kld": "KL divergence, mean, nats",
+    "kld99": "KL divergence, 99 %, nats",
+    "dp": "change of probability, RMS",
+    "perplexity": "perplexity, ratio",
+    "weights": "largest error of a tensor",
+    "weight_bits": "weights with other bits",
+    "merge_kept": "experts' gain kept",
+}
+
 
 def command_parser(name: str, description: str, examples: str) -> argparse.ArgumentParser:
     """A parser whose help keeps its line breaks."""
@@ -75,7 +98,7 @@ def gate_table(title: str, gates: Sequence[dict[str, Any]]) -> Table:
         table.add_column(file, overflow="fold")
     for name, row in cells.items():
         failed = any("✗" in cell for cell in row.values())
-        table.add_row(name, *(row.get(file, "") for file in files), style="red" if failed else None)
+        table.add_row(_LABELS.get(name, name), *(row.get(file, "") for file in files), style="red" if failed else None)
     return table
 
 
