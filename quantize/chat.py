@@ -49,10 +49,12 @@ def segments(
     rendered = render(template, marked, answer_next=answer_next)
     if sorted(int(n) for n in _SENTINEL.findall(rendered)) != list(range(len(messages))):
         raise TemplateFailed("the chat template drops or repeats a message")
-    splitter = re.compile("(" + "|".join(re.escape(text) for text in sorted(control, key=len, reverse=True)) + ")")
+    named = sorted(filter(None, control), key=len, reverse=True)
+    # An expression without alternatives would split between all letters.
+    found = re.split("(" + "|".join(map(re.escape, named)) + ")", rendered) if named else [rendered]
     parts = []
-    for part in splitter.split(rendered):
-        if part in control:
+    for part in found:
+        if part in named:
             parts.append(["control", part])
         elif part:
             parts.append(["plain", _SENTINEL.sub(lambda match: messages[int(match[1])]["content"], part)])

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 from quantize import distribution, header, publishing, sizes, writer
+from quantize.chat import TemplateFailed
+from quantize.distribution.manifest import is_name
 from quantize.errors import BadInput
 from quantize.fidelity import KEY, RESERVED_BYTES, Expected, Fidelity, Gate
 from quantize.merging.adapters import save_lora, write_gguf
@@ -50,6 +56,8 @@ class Options:
         """auto, on or off: whether an importance matrix is used."""
         if not self.mixed:
             return "off"
+        if self.imatrix == "auto" and self.check == "quick":
+            return "on"  # nothing is measured that could tell which file is closer
         return self.imatrix or ("auto" if self.check == "full" else "off")
 
     def intermediate(self, stored: str) -> str | None:
@@ -74,16 +82,17 @@ def export(options: Options, progress: Progress) -> Result:
     targets = {quant: output / distribution.file_name(prepared.name, quant) for quant in options.quants}
     publishing.refuse_overwriting(output, list(targets.values()), options.force)
     method = merge_method(prepared, options.merge, options.rank)
-    _refuse_early(options, method, prepared)
+    refuse_early(options, method, prepared)
     with publishing.disk_failures(output), publishing.work_folder(output) as work:
         publishing.refuse_full_disk(output, disk_needed(options, prepared, draft(prepared, method)))
         with ThreadPoolExecutor(1) as beside:  # hashing the weights takes as long as writing them
             hashed = beside.submit(prepared.source.inputs)
             prepared = replace(prepared, source=converted(prepared.source, work, uniform_gates=method == "uniform"))
-            studied = study(
-                prepared, method, options.check, work, progress,
-                rank=options.rank, tasks=options.task_adapters, importance=options.importance != "off",
-            )  # fmt: skip
+            with _template_refusals(prepared):
+                studied = study(
+                    prepared, method, options.check, work, progress,
+                    rank=options.rank, tasks=options.task_adapters, importance=options.importance != "off",
+                )  # fmt: skip
             inputs = hashed.result()
         files = _Files(options, prepared, studied, inputs, work, progress)
         gates = [*_merge_gates(studied.report), *files.make()]
@@ -213,10 +222,34 @@ class _Files:
         return lambda done, total: self._progress(label, done, total)
 
 
-def _refuse_early(options: Options, method: str | None, prepared: Prepared) -> None:
-    """What would fail after an hour is said at once."""
+@contextlib.contextmanager
+def _template_refusals(prepared: Prepared) -> Iterator[None]:
+    """A template may refuse what stands in the dialogues: a system message, two questions in a row."""
+    try:
+        yield
+    except (TemplateFailed, TemplateError) as error:
+        raise BadInput(
+            f"{prepared.checkpoint.folder}: the chat template does not take a dialogue it was given ({error}); give "
+            "dialogues of the form the model was trained on with --calibration, or correct the template."
+        ) from error
+
+
+def refuse_early(options: Options, method: str | None, prepared: Prepared) -> None:
+    """What would fail after an hour is said at once. Raises BadInput."""
+    if method not in (None, "uniform", "universal") and not prepared.runnable:
+        raise BadInput(
+            f"Merging by {method} needs the model running, and transformers cannot run a Baichuan checkpoint; merge "
+            "with --merge uniform."
+        )
+    if method not in (None, "uniform", "universal") and not prepared.source.calibration:
+        raise BadInput(
+            f"Merging by {method} needs dialogues; give some with --calibration, or merge with --merge uniform."
+        )
     if (options.task_adapters or options.rank) and method != "least-squares":
         raise BadInput("--task-adapters and --rank need experts merged by least squares, and so --calibration.")
+    for task in {dialogue.task for dialogue in prepared.source.calibration} - {""} if options.task_adapters else ():
+        if not is_name(distribution.adapter_name(task)):
+            raise BadInput(f"The task {task!r} makes no file name; call it by letters, digits, '.', '_' or '-'.")
     if options.save_lora is not None and method is None:
         raise BadInput("--save-lora saves merged experts; this source has none.")
     if options.save_lora is not None and options.save_lora.exists():

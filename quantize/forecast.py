@@ -9,7 +9,7 @@ from rich.console import Group
 from rich.table import Table
 
 from quantize import sizes
-from quantize.export import Options, disk_needed, within_reach
+from quantize.export import Options, disk_needed, refuse_early, within_reach
 from quantize.metadata import draft, size_label
 from quantize.prepare import prepare
 from quantize.source import open_source
@@ -48,9 +48,8 @@ class Forecast:
         table.add_column("file", justify="right")
         for quant, nbytes in self.files.items():
             table.add_row(quant, f"{nbytes / 2**20:,.1f} MiB")
-        head = f"{self.name}: {size_label(self.parameters)} parameters" + (
-            f", merged by {self.merge}" * bool(self.merge)
-        )
+        merge = f", merged by {self.merge}" if self.merge else ""
+        head = f"{self.name}: {size_label(self.parameters)} parameters{merge}"
         disk = f"Free disk needed while exporting: {self.disk / 2**30:.2f} GiB. Nothing was written.\n"
         return Group(head, table, disk, sizes.fit_table(self.needs))
 
@@ -63,6 +62,7 @@ def forecast(options: Options) -> Forecast:
     prepared = prepare(open_source(options.source, options.adapter, options.calibration), options.name)
     options = within_reach(options, prepared)
     method = merge_method(prepared, options.merge, options.rank)
+    refuse_early(options, method, prepared)
     model = draft(prepared, method)
     matrix = options.importance != "off"
     files = {

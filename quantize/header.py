@@ -205,7 +205,7 @@ class _Cursor:
         unpack, data, last = _UINT64.unpack_from, self.data, self.end - 8
         for _ in range(count):
             if position > last:
-                break
+                raise Malformed("a string runs past the end of the file")
             position += 8 + unpack(data, position)[0]
         if position > self.end:
             raise Malformed("a string runs past the end of the file")

@@ -24,10 +24,15 @@ _BUSY = (408, 429, 500, 502, 503, 504)
 
 
 def endpoint_of(argument: str | None) -> str:
-    """The hub's address: the option, HF_ENDPOINT, or huggingface.co. Raises BadInput for what is no address."""
+    """The hub's address: the option, HF_ENDPOINT, or huggingface.co.
+
+    Raises BadInput for what is no address, and for one that a token would go to in the clear.
+    """
     found = (argument or os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT).rstrip("/")
     if not re.fullmatch(r"https?://[^\s/]+(/\S*)?", found):
         raise BadInput(f"{found!r} is no address of a hub; write it as https://host, or leave out --endpoint.")
+    if not re.match(r"https://|http://(localhost|127\.[\d.]+|\[::1\])(:\d+)?(/|$)", found):
+        raise BadInput(f"{found} would get your token unencrypted; write https:// (http is for this machine only).")
     return found
 
 
@@ -167,7 +172,7 @@ def _explained(error: Exception, repo: str, endpoint: str) -> str:
         if status == 403:
             return f"Your token may not do this with {repo}{said}: take one with write access, or another owner's name."
         if status == 404:
-            return f"{endpoint} has no {error.request.url.path}{said}; check the repository and --revision."
+            return f"{endpoint} has no {error.response.url.path}{said}; check the repository and --revision."
         if status in (409, 412):
             return f"{repo} exists already or was changed meanwhile{said}; look at it and start again."
         if status == 429:

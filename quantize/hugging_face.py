@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,6 +24,8 @@ import trainer.mue  # noqa: F401  (registers the adapter type with PEFT)
 from quantize.errors import BadInput
 from quantize.run_folder import Dialogue
 
+# A template without this tag, which `add_generation_prompt` is not, cannot say what the assistant wrote.
+_MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Below this many parameters one thread is faster: the threads would mostly wait for each other.
 SMALL = 16_000_000
 
@@ -58,22 +62,28 @@ class HuggingFace:
     """Model and tokenizer of a checkpoint folder, with a MUE adapter on top or without one."""
 
     def __init__(self, checkpoint: Path, adapter: Path | None = None) -> None:
-        """Raises BadInput for what transformers cannot load, and for weights that are not finite."""
+        """Raises BadInput for what transformers or PEFT cannot load, and for weights that are not finite."""
         transformers_logging.disable_progress_bar()
         transformers_logging.set_verbosity_error()
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of kernels that only a hub could give
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
             base = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, local_files_only=True)
-        except (ValueError, OSError, ImportError, RuntimeError) as error:
+        except Exception as error:  # the tokenizers' library raises nothing more specific
             raise BadInput(
-                f"transformers cannot load {checkpoint} ({str(error).splitlines()[0]}); export it with --check file, "
+                f"transformers cannot load {checkpoint} ({_first_line(error)}); export it with --check file, "
                 "which does without."
             ) from error
         for name, parameter in base.named_parameters():
             if not torch.isfinite(parameter).all():
                 raise BadInput(f"{checkpoint}: {name} holds values that are not finite; the training diverged.")
-        self.model: Any = (base if adapter is None else PeftModel.from_pretrained(base, adapter)).eval()
+        try:
+            self.model: Any = (base if adapter is None else PeftModel.from_pretrained(base, adapter)).eval()
+        except (ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
+            raise BadInput(
+                f"PEFT cannot load {adapter} ({_first_line(error)}); copy the adapter again, or train it again."
+            ) from error
         self.adapted = adapter is not None
         self.context: int = base.config.max_position_embeddings
 
@@ -156,7 +166,7 @@ class HuggingFace:
         return self.model.disable_adapter() if self.adapted else contextlib.nullcontext()
 
     def _marked(self, messages: list[dict[str, str]]) -> tuple[list[int], list[bool]]:
-        if "generation" in (self.tokenizer.chat_template or ""):
+        if _MARKS.search(self.tokenizer.chat_template or ""):
             encoded = self.tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
             return list(encoded["input_ids"]), [bool(mark) for mark in encoded["assistant_masks"]]
         # A template that cannot mark: the last answer is what comes after the prompt that asks for it.
@@ -165,3 +175,7 @@ class HuggingFace:
         if whole[: len(prompt)] != prompt:
             return whole, [False] * len(whole)
         return whole, [False] * len(prompt) + [True] * (len(whole) - len(prompt))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -40,11 +40,11 @@ _TEXT_TOKENS = (512, 8192)  # at least, at most
 
 @dataclass(frozen=True)
 class Rendering:
-    """A conversation (or its beginning) and its ids; None where only the file itself could say them."""
+    """A conversation (or its beginning) and its ids."""
 
     messages: list[dict[str, str]]
     answer_next: bool
-    ids: list[int] | None
+    ids: list[int]
 
 
 @dataclass(frozen=True)

@@ -92,17 +92,6 @@ class RunFolder:
             read_dialogues(held_out) if held_out.is_file() else [],
         )
 
-    def inputs(self) -> dict[str, str]:
-        """sha256 of every file an export depends on, by path relative to the run folder."""
-        names = ["run.json", "prompts.json", "calibration.jsonl"]
-        for stage in ("3-dfpo", "4-mue"):
-            names += [
-                f"{stage}/{file.name}"
-                for file in (self.path / stage).iterdir()
-                if file.suffix in {".json", ".jinja", ".safetensors"}
-            ]
-        return {name: file_sha256(self.path / name) for name in sorted(names)}
-
 
 def file_sha256(path: Path) -> str:
     """sha256 of a file as hexadecimal text."""
@@ -113,13 +102,18 @@ def file_sha256(path: Path) -> str:
 def read_object(path: Path) -> dict[str, Any]:
     """A JSON object from a UTF-8 file. Raises BadInput naming the file."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text)
+        if "\\u" in text:  # JSON can spell half a character, which no GGUF can hold
+            json.dumps(value, ensure_ascii=False).encode()
     except FileNotFoundError as error:
-        raise BadInput(f"{path} is missing; the run folder is incomplete, train it again.") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise BadInput(f"{path} is not readable JSON ({error}); the file is damaged, train the run again.") from error
+        raise BadInput(f"{path} is missing; copy the whole folder again, or train the run again.") from error
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read ({error.strerror or error}); check the file's rights.") from error
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{path} is not readable JSON ({error}); copy it again, or train the run again.") from error
     if not isinstance(value, dict):
-        raise BadInput(f"{path} must hold a JSON object; the file is damaged, train the run again.")
+        raise BadInput(f"{path} must hold a JSON object; copy it again, or train the run again.")
     return value
 
 
@@ -129,11 +123,14 @@ def read_dialogues(file: Path) -> list[Dialogue]:
     Raises BadInput naming file and line.
     """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: it also ends a line at characters that JSON may hold inside a text (U+2028, U+0085).
+        lines = file.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError as error:
         raise BadInput(f"{file} does not exist; give a file of dialogues, one JSON object a line.") from error
     except UnicodeDecodeError as error:
         raise BadInput(f"{file} is not UTF-8 ({error}); save it as UTF-8 or train the run again.") from error
+    except OSError as error:
+        raise BadInput(f"{file} cannot be read ({error.strerror or error}); give a file of dialogues.") from error
     dialogues = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -145,7 +142,7 @@ def read_dialogues(file: Path) -> list[Dialogue]:
                 raise ValueError("a message has an unknown role or no text")
             if not messages or messages[-1]["role"] != "assistant":
                 raise ValueError("the dialogue does not end with an answer")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise BadInput(
                 f"{file}, line {number}: not a dialogue ({error!r}); mend the line or train the run again."
             ) from error

@@ -114,7 +114,8 @@ def converted(source: Source, work: Path, *, uniform_gates: bool) -> Source:
     try:
         import_released(source.adapter, target, uniform_gates=uniform_gates)
     except MueError as error:
-        hint = "" if uniform_gates else " `--merge uniform` does that."
+        # The only error with this remedy: a file without routers.
+        hint = " `--merge uniform` does that." if "with uniform gates" in str(error) else ""
         raise BadInput(f"{error}{hint}") from error
     return replace(source, adapter=target, kind="mue")
 

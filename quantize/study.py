@@ -128,10 +128,6 @@ def _folded(prepared: Prepared, method: str | None) -> Merge | LoraMerge | None:
         lora = LoraMerge(source.adapter)
         lora.check(prepared.plans, prepared.checkpoint.tensors)
         return lora
-    if method not in ("uniform", "universal"):
-        raise BadInput(
-            f"Merging by {method} needs dialogues; give some with --calibration, or merge with --merge uniform."
-        )
     return constant_gates(_experts(prepared), method)
 
 

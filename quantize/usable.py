@@ -31,7 +31,9 @@ _ROPE_SCALINGS = frozenset({"none", "linear", "yarn", "longrope"})
 _MUST_BE_ZERO = (
     "expert_count", "expert_used_count", "expert_group_count", "expert_group_used_count", "nextn_predict_layers",
 )  # fmt: skip
-_INTEGER_TYPES = frozenset({"I8", "I16", "I32", "I64", "F64"})
+# Integers and the types of intermediate results, with which llama.cpp does not compute, and Q1_0, which the gguf
+# package cannot read.
+_NO_WEIGHTS = frozenset({"I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K", "Q1_0"})
 
 
 def check(head: Header) -> None:
@@ -191,9 +193,9 @@ def _tensors(head: Header) -> Iterator[str]:
         elif tensor.shape != shape:
             yield f"the tensor {name} has the shape {tensor.shape}, expected {shape}"
     for name, tensor in head.tensors.items():
-        # Computing with them aborts: norms and biases must be F32, matrices no integers.
-        if (len(tensor.shape) == 1 and tensor.kind.name != "F32") or tensor.kind.name in _INTEGER_TYPES:
-            yield f"the tensor {name} has the type {tensor.kind.name}, with which llama.cpp cannot compute"
+        # Computing with them aborts: norms and biases must be F32.
+        if (len(tensor.shape) == 1 and tensor.kind.name != "F32") or tensor.kind.name in _NO_WEIGHTS:
+            yield f"the tensor {name} has the type {tensor.kind.name}, which cannot be used"
 
 
 def required(architecture: str, keys: _Keys, vocabulary: int) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -102,7 +102,7 @@ class _Checks:
             prepared = _source(self._options.against)
             values = {**prepared.hyper_parameters, **prepared.vocabulary.metadata()}
             expected = Expected(values, prepared.architecture, prepared.plans, prepared.vocabulary)
-            found, truth = self._against(prepared, gates), _rows(prepared)
+            found, truth = self._against(prepared, gates), _rows(prepared, self._head)
         else:
             self.level = "quick" if self.level == "quick" else "file"
             context = self._head.metadata[f"{self._head.architecture}.context_length"]
@@ -187,13 +187,14 @@ def _source(folder: Path) -> Prepared:
     return prepare(source, None)
 
 
-def _rows(prepared: Prepared) -> RowsOf:
-    plans = {plan.name: plan for plan in prepared.plans}
+def _rows(prepared: Prepared, head: header.Header) -> RowsOf:
+    shapes = {name: tensor.shape for name, tensor in head.tensors.items()}
+    plans = {plan.name: plan for plan in prepared.plans if shapes.get(plan.name) == plan.shape}
     weights = writer.Weights(prepared.checkpoint.tensors, None)
 
     def rows(name: str, start: int, stop: int) -> np.ndarray:
         if name not in plans:
-            return np.full(1, np.nan, np.float32)  # a tensor the source lacks is no rounding of anything
+            return np.full(1, np.nan, np.float32)  # a tensor the source lacks, or has in another shape, rounds nothing
         return weights.rows(plans[name], start, stop)
 
     return rows
@@ -222,7 +223,7 @@ def _outputs(file: Path) -> dict[str, str]:
     try:
         outputs = json.loads(file.read_text(encoding="utf-8"))["outputs"]
         return {str(name): str(record["sha256"]) for name, record in outputs.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
 
 
@@ -232,7 +233,9 @@ def _finite_weights(head: header.Header, quant: str) -> Gate:
         for name, tensor in head.tensors.items()
         if not all(np.isfinite(head.rows(name, *block)).all() for block in sampled_blocks(tensor.shape))
     ]
-    detail = f"first: {wrong[0]}" if wrong else f"{len(head.tensors)} tensors hold numbers"
+    detail = (
+        f"first: {wrong[0]}" if wrong else f"{len(head.tensors)} tensors hold numbers, large ones on evenly spread rows"
+    )
     return Gate("finite_weights", quant, len(wrong), 0, not wrong, detail)
 
 
@@ -240,6 +243,8 @@ def _claims(head: header.Header) -> dict[str, Any] | None:
     """What the file says was measured of it when it was made."""
     try:
         found = json.loads(head.metadata.get(KEY, ""))
-    except (ValueError, TypeError):
+        # What Python reads but no report can hold: NaN, half a character.
+        json.dumps(found, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, TypeError, RecursionError):
         return None
     return found if isinstance(found, dict) else None

@@ -132,7 +132,7 @@ def _pickle(file: Path) -> dict[str, Stored]:
             f"{file} holds more than tensors, and reading it could run foreign code; use the checkpoint's safetensors, "
             "or convert the file where you trust it."
         ) from error
-    except (RuntimeError, EOFError, ValueError, TypeError, KeyError) as error:
+    except (RuntimeError, EOFError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise BadInput(f"{file} cannot be read ({reason}); copy it again.") from error
     if not isinstance(loaded, dict):

@@ -99,7 +99,7 @@ def refuse_names(files: Iterable[tuple[str, int]], large_files: bool = False) ->
         for part in name.split("/"):
             if _FAT_FORBIDDEN.search(part) or _FAT_RESERVED.fullmatch(part) or len(part.encode("utf-16-le")) > 510:
                 raise BadInput(f"A USB stick (FAT) cannot hold a file named {name!r}; rename it.")
-        if other := seen.setdefault(name.lower(), name) if name.lower() in seen else None:
+        if other := seen.get(name.lower()):
             raise BadInput(f"{other} and {name} are the same name on a USB stick (FAT); rename one.")
         seen[name.lower()] = name
         if size > FAT_FILE_LIMIT and not large_files:

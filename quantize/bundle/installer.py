@@ -26,7 +26,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 FORMAT = 1
 SAMPLE_QUESTION = "孩子发烧38.5℃，精神还好，在家怎么护理？"
@@ -39,6 +39,8 @@ LITTER = re.compile(
 _LINE = re.compile(r"([0-9a-f]{64})  (\S.*)")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 _MARK = "PediatricsGPT launcher"
+_LOCK = ".pediatricsgpt.lock"  # stays as long as anything is installed: the sign that what lies beside it is ours
+_OURS = ("current", "installer.py", "release", "app", "model", ".part")
 _SELF_TEST_SECONDS = 900
 _SPARE_BYTES = 64 << 20
 _BLOCK = 1 << 20
@@ -64,10 +66,16 @@ class Home:
     def releases(self) -> list[str]:
         """The release in use and the one before it; fewer when there are none."""
         try:
-            names = (self.prefix / "current").read_text(encoding="utf-8").split()
+            names = (self.prefix / "current").read_text(encoding="utf-8", errors="replace").split()
         except FileNotFoundError:
             return []
-        return [name for name in names[:2] if _NAME.fullmatch(name) and self._record(name).is_file()]
+        return [name for name in names[:2] if _NAME.fullmatch(name) and self._is_whole(name)]
+
+    def _is_whole(self, name: str) -> bool:
+        try:
+            return {"app", "model"} <= self.release(name).keys()
+        except (OSError, ValueError, AttributeError):
+            return False
 
     def release(self, name: str) -> dict[str, Any]:
         """{"app": folder under app/, "model": path under model/ or None}."""
@@ -172,10 +180,10 @@ def install(bundle: Bundle, home: Home) -> int:
         _remove_unused(home)
         raise
     print("".join(f"    {_printable(line)}\n" for line in answer.splitlines()[:2]), end="")
-    home.switch(name)
     _write_launcher(home)
     # For --rollback and --uninstall when the stick is no longer at hand.
     write(home.prefix / "installer.py", (staging / "installer.py").read_text(encoding="utf-8"))
+    home.switch(name)  # the last thing that can fail
     _remove_unused(home)
     say(f"安装完成，启动命令：{_command(home)}", f"Installed. Start it with: {_command(home)}")
     return 0
@@ -187,8 +195,8 @@ def rollback(home: Home) -> int:
     if len(names) < 2:
         raise Refused("没有可以退回的版本。", "There is no earlier version to go back to.")
     self_test(home, names[1])
-    home.switch(names[1])
     _write_launcher(home)
+    home.switch(names[1])
     say(f"已退回：{names[1]}", f"Back to {names[1]}; --rollback again returns to {names[0]}.")
     return 0
 
@@ -198,11 +206,10 @@ def uninstall(home: Home) -> int:
     for path in (home.launcher, home.menu):
         if path is not None and _is_ours(path):
             path.unlink()
-    for name in ("current", "installer.py"):
-        (home.prefix / name).unlink(missing_ok=True)
-    for name in ("release", "app", "model", ".part"):
-        shutil.rmtree(home.prefix / name, ignore_errors=True)
-    left = sorted(path.name for path in home.prefix.iterdir() if path.name not in (".lock", "bin"))
+    for name in _OURS:
+        path = home.prefix / name
+        path.unlink(missing_ok=True) if path.is_file() else shutil.rmtree(path, ignore_errors=True)
+    left = sorted(path.name for path in home.prefix.iterdir() if path.name not in (_LOCK, "bin"))
     say("已卸载。", "Uninstalled." + (f" Kept in {home.prefix}: {', '.join(left)}." if left else ""))
     return 0
 
@@ -226,7 +233,7 @@ def open_bundle(folder: Path) -> Bundle:
     if "bundle.json" not in sums:
         raise _damaged("SHA256SUMS")
     if not (folder / "bundle.json").is_file():
-        raise _damaged("bundle.json", "缺少", "is missing")
+        raise _damaged("bundle.json", "缺失", "is missing")
     data = (folder / "bundle.json").read_bytes()
     if hashlib.sha256(data).hexdigest() != sums["bundle.json"]:
         raise _damaged("bundle.json (SHA256SUMS)")
@@ -239,13 +246,13 @@ def open_bundle(folder: Path) -> Bundle:
         raise _damaged("SHA256SUMS")
     found = set(_files(folder)) - {"SHA256SUMS"}
     for name in sorted(set(sums) - found):
-        raise _damaged(name, "缺少", "is missing")
+        raise _damaged(name, "缺失", "is missing")
     for name in sorted(found - set(sums)):
         raise Refused(f"安装包中多出一个文件：{name}。请删除它，或重新拷贝安装包。",
                       f"{name} does not belong to the bundle. Remove it, or copy the bundle again.")  # fmt: skip
     for name, entry in facts["files"].items():
         if (folder / name).stat().st_size != entry["bytes"]:
-            raise _damaged(name, "不完整", "is truncated or too long")
+            raise _damaged(name, "大小不符", "is truncated or too long")
     return Bundle(folder, sums, facts)
 
 
@@ -265,7 +272,7 @@ def copy_verified(bundle: Bundle, staging: Path, tops: list[str]) -> None:
             if name.split("/")[0] in tops:
                 (staging / name).parent.mkdir(parents=True, exist_ok=True)
                 target = stack.enter_context((staging / name).open("wb"))
-            while block := source.read(_BLOCK):
+            while block := _read(source, name):
                 digest.update(block)
                 if target:
                     target.write(block)
@@ -282,11 +289,18 @@ def copy_verified(bundle: Bundle, staging: Path, tops: list[str]) -> None:
         print()
 
 
+def _read(source: BinaryIO, name: str) -> bytes:
+    try:
+        return source.read(_BLOCK)
+    except OSError:  # a failing stick; the error itself does not know the file
+        raise _damaged(name, "无法读取", "cannot be read") from None
+
+
 def _read_sums(file: Path) -> dict[str, str]:
     try:
         *lines, rest = file.read_bytes().decode("utf-8").split("\n")
     except FileNotFoundError:
-        raise _damaged("SHA256SUMS", "缺少", "is missing") from None
+        raise _damaged("SHA256SUMS", "缺失", "is missing") from None
     except UnicodeDecodeError:
         raise _damaged("SHA256SUMS") from None
     if rest:
@@ -346,7 +360,7 @@ def check_machine(facts: dict[str, Any]) -> None:
         if library != "glibc" or _numbers(found) < _numbers(glibc):
             raise Refused(f"系统太旧：需要 glibc {glibc}，当前是 {library or '?'} {found}。",
                           f"glibc {glibc} or newer is needed, this system has {library or 'none'} {found}; "
-                          "use a newer system (Debian 12, Ubuntu 22.04, or later).")  # fmt: skip
+                          "use a newer system, or ask for a bundle built on an older one.")  # fmt: skip
     for name in facts["requires"]["libraries"]:
         try:
             ctypes.CDLL(name)
@@ -473,7 +487,9 @@ def _write_release(home: Home, name: str, record: dict[str, Any], start_py: str)
     write(folder / "start.py", start_py)
     python, start = home.python(record["app"]), folder / "start.py"
     if os.name == "nt":
-        write(folder / "start.cmd", f'@"{python}" -I "{start}" %*\r\n')
+        # Relative, because cmd.exe reads scripts in the code page of the system: a user's name may be Chinese.
+        script = rf'@"%~dp0..\..\app\{record["app"]}\Scripts\python.exe" -I "%~dp0start.py" %*'
+        write(folder / "start.cmd", script + "\r\n")
     else:
         write(folder / "start", f'exec {shlex.quote(str(python))} -I {shlex.quote(str(start))} "$@"\n')
 
@@ -494,8 +510,8 @@ def self_test(home: Home, name: str) -> str:
             return answer["answer"].strip()
     except (OSError, subprocess.TimeoutExpired, ValueError) as error:
         reason = str(error)
-    raise Refused("新版本没有通过试运行，没有启用；原有版本不变。",
-                  f"The new version did not answer, it is not used; what was installed before still works.\n{reason}",
+    raise Refused("这个版本没有通过试运行，没有启用；原有版本不变。",
+                  f"This version did not answer, it is not used; what was installed before is unchanged.\n{reason}",
                   _FAILED)  # fmt: skip
 
 
@@ -510,8 +526,12 @@ def _environment() -> dict[str, str]:
 def _write_launcher(home: Home) -> None:
     if os.name == "nt":
         text = (
-            f'@rem {_MARK}\r\n@set /p RELEASE=<"{home.prefix}\\current"\r\n'
-            f'@call "{home.prefix}\\release\\%RELEASE%\\start.cmd" %*\r\n'
+            f'@rem {_MARK}\r\n@set /p RELEASE=<"%~dp0..\\current"\r\n'
+            '@call "%~dp0..\\release\\%RELEASE%\\start.cmd" %*\r\n'
+        )
+        entry = (
+            f'@rem {_MARK}\r\n@call "%LOCALAPPDATA%\\pediatricsgpt\\bin\\{home.launcher.name}"\r\n'
+            "@if errorlevel 1 pause\r\n"
         )
     else:
         prefix = shlex.quote(str(home.prefix))
@@ -519,15 +539,15 @@ def _write_launcher(home: Home) -> None:
             f"#!/bin/sh\n# {_MARK}\nread -r release < {prefix}/current\n"
             f'exec sh {prefix}/release/"$release"/start "$@"\n'
         )
+        entry = (
+            f"[Desktop Entry]\n# {_MARK}\nType=Application\nName=PediatricsGPT 儿科助手\n"
+            f'Exec="{home.launcher}"\nTerminal=true\nCategories=Science;MedicalSoftware;\n'
+        )
     home.launcher.parent.mkdir(parents=True, exist_ok=True)
     write(home.launcher, text, executable=True)
     if home.menu is not None and (_is_ours(home.menu) or not home.menu.exists()):
         home.menu.parent.mkdir(parents=True, exist_ok=True)
-        entry = (
-            f"[Desktop Entry]\n# {_MARK}\nType=Application\nName=PediatricsGPT 儿科助手\n"
-            f'Exec="{home.launcher}"\nTerminal=true\nCategories=MedicalSoftware;\n'
-        )
-        write(home.menu, text if os.name == "nt" else entry)
+        write(home.menu, entry)
 
 
 def _refuse_foreign_launcher(home: Home) -> None:
@@ -586,9 +606,18 @@ def write(path: Path, text: str, executable: bool = False) -> None:
 
 @contextlib.contextmanager
 def locked(prefix: Path) -> Iterator[None]:
-    """One installer at a time; the lock ends with the process, also when it is killed."""
+    """One installer at a time; the lock ends with the process, also when it is killed.
+
+    Raises Refused for a folder with an app/, model/ … of somebody else: they would be cleaned away.
+    """
+    foreign = [] if (prefix / _LOCK).exists() else [name for name in _OURS if (prefix / name).exists()]
+    if foreign:
+        raise Refused(
+            f"{prefix} 中已有其他文件（{foreign[0]}）；请用 --prefix 另选一个空文件夹。",
+            f"{prefix / foreign[0]} was not made by this installer; choose an empty folder with --prefix.",
+        )
     prefix.mkdir(parents=True, exist_ok=True)
-    file = (prefix / ".lock").open("w")
+    file = (prefix / _LOCK).open("w")
     try:
         if sys.platform == "win32":
             import msvcrt
@@ -607,10 +636,16 @@ def locked(prefix: Path) -> Iterator[None]:
         shutil.rmtree(prefix / ".part", ignore_errors=True)
         file.close()
         if not (prefix / "current").exists():  # nothing was installed, or it was removed
-            (prefix / ".lock").unlink(missing_ok=True)
-            for folder in (*(prefix / name for name in ("app", "model", "release", "bin")), prefix):
-                with contextlib.suppress(OSError):  # not empty, or not there
-                    folder.rmdir()
+            _remove_empty(*(prefix / name for name in ("app", "model", "release", "bin")))
+            if not any((prefix / name).exists() for name in _OURS):
+                (prefix / _LOCK).unlink(missing_ok=True)
+            _remove_empty(prefix)
+
+
+def _remove_empty(*folders: Path) -> None:
+    for folder in folders:
+        with contextlib.suppress(OSError):  # not empty, or not there
+            folder.rmdir()
 
 
 def say(chinese: str, english: str) -> None:

@@ -12,8 +12,13 @@ _BOM = "\ufeff"
 _UNIX = {
     "INSTALL_ZH": "在此处打开终端，输入：sh install.sh",
     "INSTALL_EN": "Open a terminal here and type: sh install.sh",
-    "START_ZH": "输入 pediatricsgpt，或在应用程序菜单中打开“PediatricsGPT 儿科助手”。",
-    "START_EN": "Type pediatricsgpt, or open it in the menu of applications.",
+    "START_ZH": "输入安装结束时显示的启动命令，或在应用程序菜单中打开“PediatricsGPT 儿科助手”。",
+    "START_EN": "Type the command that the installer names at its end, or open it in the menu of applications.",
+}
+_MACOS = {
+    **_UNIX,
+    "START_ZH": "输入安装结束时显示的启动命令。",
+    "START_EN": "Type the command that the installer names at its end.",
 }
 _WINDOWS = {
     "INSTALL_ZH": "双击 install.bat。",
@@ -47,6 +52,7 @@ def _filled(template: str, values: dict[str, str], crlf: bool = False, mark: str
 
 def _values(facts: dict[str, Any], room: int, windows: bool) -> dict[str, str]:
     pythons, requires = facts["python"], facts["requires"]
+    steps = _WINDOWS if windows else _MACOS if facts["platform"].startswith("macos-") else _UNIX
     versions = ", ".join(f"({python.replace('.', ', ')})" for python in pythons)
     condition = f"(sys.version_info[:2] in ({versions},))" if pythons else "(sys.version_info >= (3, 11))"
     numbered = pythons or _NEWER
@@ -62,7 +68,7 @@ def _values(facts: dict[str, Any], room: int, windows: bool) -> dict[str, str]:
         "CPU": ", ".join(requires["cpu"]).upper() or "–",
         "DISK": f"{room / 2**20:.0f} MiB",
         "INSTALLER": "install.bat" if windows else "sh install.sh",
-        **(_WINDOWS if windows else _UNIX),
+        **steps,
         **_warnings(facts["model"]),
         **_held(facts["app"], facts["model"]),
     }

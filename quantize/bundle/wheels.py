@@ -13,6 +13,7 @@ import sys
 import tempfile
 import tomllib
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version as installed_version
@@ -135,7 +136,17 @@ def missing_files(wheel: Path) -> list[str]:
 
 
 def llama_wheel(platform: Platform, folder: Path | None, cache: Path, here: bool, progress: Progress) -> Path:
-    """The llama-cpp-python wheel: the one in `folder`, or built portable when `here` (this machine's platform)."""
+    """The llama-cpp-python wheel: the one in `folder`, or built portable when `here` (this machine's platform).
+
+    Raises BadInput when there is none, or it is damaged.
+    """
+    path = _llama_wheel(platform, folder, cache, here, progress)
+    if not is_whole(path):
+        raise BadInput(f"{path} is damaged; remove it, then build or copy it again.")
+    return path
+
+
+def _llama_wheel(platform: Platform, folder: Path | None, cache: Path, here: bool, progress: Progress) -> Path:
     wanted = pinned(portable.PACKAGE)
     for path in sorted(folder.glob("*.whl")) if folder else []:
         try:
@@ -205,6 +216,14 @@ def closure(
     return list(used.values()), list(missing.values())
 
 
+def is_whole(path: Path) -> bool:
+    """Whether every byte of a wheel is what its own checksums say."""
+    damage = (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)  # what zipfile raises for flipped bits
+    with contextlib.suppress(*damage), zipfile.ZipFile(path) as archive:
+        return archive.testzip() is None
+    return False
+
+
 def system_needs(wheels: Iterable[Path]) -> tuple[str | None, list[str]]:
     """(newest glibc any library in the wheels asks for, system libraries that are not always there)."""
     newest, libraries = 0, set()
@@ -229,10 +248,9 @@ def unpacked_bytes(wheels: Iterable[Path]) -> int:
 
 
 def _kept(path: Path) -> bool:
-    """Whether a cached wheel is whole, every byte of it; one that is not is removed, to be fetched again."""
-    with contextlib.suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
-        if archive.testzip() is None:
-            return True
+    """Whether a cached wheel is whole; one that is not is removed, to be fetched again."""
+    if is_whole(path):
+        return True
     path.unlink()
     return False
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,7 @@ def write(contents: Contents, output: Path, progress: Progress) -> tuple[Item, .
     """
     items = finished(contents)
     refuse_foreign(output)
+    earlier = _named(output)
     output.mkdir(parents=True, exist_ok=True)
     work = output / _WORK
     todo = [i for i in items if not (_whole(output, i) or _whole(work, i))]
@@ -54,7 +57,7 @@ def write(contents: Contents, output: Path, progress: Progress) -> tuple[Item, .
         for entry in todo:
             _copy(entry, work, lambda count: progress("writing the bundle", count, total), done)
             done += entry.bytes
-        _publish(items, work, output)
+        _publish(items, work, output, earlier)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise BadInput(f"{output} is full, or its format does not take such large files ({error}).") from error
@@ -83,20 +86,20 @@ def _copy(entry: Item, work: Path, tell: Any, done: int) -> None:
     os.replace(half, final)
 
 
-def _publish(items: tuple[Item, ...], work: Path, output: Path) -> None:
-    names = {entry.name for entry in items}
+def _publish(items: tuple[Item, ...], work: Path, output: Path, earlier: set[str]) -> None:
     if not _whole(output, items[-1]):
         (output / "SHA256SUMS").unlink(missing_ok=True)
+    # Before the new bundle.json has its name: a killed run leaves the old one, which still names these.
+    for name in earlier - {entry.name for entry in items}:
+        (output / name).unlink(missing_ok=True)
     for entry in items:
         if (work / entry.name).exists():
             (output / entry.name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(work / entry.name, output / entry.name)
     shutil.rmtree(work, ignore_errors=True)
-    for path in sorted(output.rglob("*"), reverse=True):  # what an earlier bundle alone had
-        if path.is_file() and path.relative_to(output).as_posix() not in names and not _is_litter(path, output):
-            path.unlink()
-        elif path.is_dir() and not any(path.iterdir()):
-            path.rmdir()
+    for folder in {(output / name).parent for name in earlier} - {output}:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _whole(folder: Path, entry: Item) -> bool:
@@ -105,21 +108,28 @@ def _whole(folder: Path, entry: Item) -> bool:
 
 
 def refuse_foreign(output: Path) -> None:
-    """Raises BadInput unless the folder is new, empty, or holds a bundle: other files would have to be deleted."""
+    """Raises BadInput when the folder holds files that no bundle put there: the installer would refuse them."""
     if not output.exists():
         return
     if not output.is_dir():
         raise BadInput(f"{output} is a file; choose a folder with --out.")
-    found = [path for path in output.iterdir() if not LITTER.fullmatch(path.name)]
-    try:
-        ours = (output / _WORK).is_dir() or "parts" in json.loads((output / "bundle.json").read_bytes())
-    except (OSError, ValueError):
-        ours = False
-    if found and not ours:
+    ours = _named(output)
+    for path in sorted(output.rglob("*")):
+        name = path.relative_to(output)
+        litter = any(LITTER.fullmatch(part) for part in name.parts)
+        if path.is_dir() or litter or name.parts[0] == _WORK or name.as_posix() in ours:
+            continue
         raise BadInput(
-            f"{output} holds other files ({found[0].name} …); choose an empty folder, a new one on the stick."
+            f"{output} holds other files ({name.as_posix()} …); choose an empty folder, a new one on the stick."
         )
 
 
-def _is_litter(path: Path, output: Path) -> bool:
-    return any(LITTER.fullmatch(part) for part in path.relative_to(output).parts)
+def _named(output: Path) -> set[str]:
+    """The files that an earlier bundle here, or one that was stopped, put under their names."""
+    names: set[str] = set()
+    for file in (output / "bundle.json", output / _WORK / "bundle.json"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            facts = json.loads(file.read_bytes())
+            if facts["parts"]:
+                names |= {name for name, _ in facts["files"].items() if not {"", ".."} & set(re.split(r"[/\\:]", name))}
+    return names | {"bundle.json", "SHA256SUMS"} if names else names

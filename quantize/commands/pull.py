@@ -221,7 +221,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--to", type=Path, metavar="DIR", help="folder for the files (default: dist/NAME)")
     parser.add_argument("--quant", action="append", metavar="TYPE", help="model file to take, e.g. Q4_K_M; repeatable")
     parser.add_argument("--all", action="store_true", help="take every model file")
-    parser.add_argument("--endpoint", metavar="URL", help="hub or mirror (default: HF_ENDPOINT, or huggingface.co)")
+    parser.add_argument(
+        "--endpoint", metavar="URL", help="hub or mirror; it gets your token (default: HF_ENDPOINT, or huggingface.co)"
+    )
     parser.add_argument("--force", action="store_true", help="replace another distribution in the folder")
     parser.add_argument("--json", action="store_true", help="print what was done as one JSON object")
     return parser

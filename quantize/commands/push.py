@@ -265,7 +265,11 @@ def _show(plan: Plan, console: Console) -> None:
 def _ask(console: Console) -> None:
     if not sys.stdin.isatty():
         raise BadInput("Nobody is there to confirm this; say --yes.")
-    if console.input("Publish this? [y/N] ").strip().lower() not in ("y", "yes"):
+    try:
+        answer = console.input("Publish this? [y/N] ")
+    except EOFError:
+        answer = ""
+    if answer.strip().lower() not in ("y", "yes"):
         raise BadInput("Nothing was published.")
 
 
@@ -287,7 +291,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--private", action="store_true", help="make the repository private; refused for a public one")
     parser.add_argument("--revision", default="main", metavar="BRANCH", help="branch, made if missing (default: main)")
     parser.add_argument("--message", metavar="TEXT", help="commit message (default: the model's name and quants)")
-    parser.add_argument("--endpoint", metavar="URL", help="the hub's address (default: HF_ENDPOINT, or huggingface.co)")
+    parser.add_argument(
+        "--endpoint",
+        metavar="URL",
+        help="the hub's address; it gets your token (default: HF_ENDPOINT, or huggingface.co)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="check and list only; opens no connection")
     parser.add_argument("--yes", action="store_true", help="publish without asking")
     parser.add_argument("--json", action="store_true", help="print what was done as one JSON object")

@@ -36,8 +36,10 @@ Which type: Q8_0 loses next to nothing; Q4_K_M is half its size and right for 0.
 
 What is checked before a file gets its name (--check):
   full    against the model as Hugging Face runs it (needs torch and memory for it in float32), then as `file`
-  file    weights and logits against the unquantized file through llama.cpp, then as `quick`; no torch
+  file    weights and logits against the unquantized file through llama.cpp, then as `quick`
   quick   header, token ids, chat template, end of generation
+`file` and `quick` do without torch where nothing else needs it: merging experts on dialogues, an importance matrix
+and weights in pytorch_model.bin do.
 
 exit codes: 0 every check held, 1 a check failed (see fidelity.json), 2 wrong use or bad input
 """
@@ -117,7 +119,8 @@ def _parser() -> argparse.ArgumentParser:
     quantizing.add_argument(
         "--imatrix", choices=("auto", "on", "off"),
         help="importance of each input column, from paediatric text, for K- and IQ-types: auto makes the file with and "
-        "without and keeps the closer one; on trusts it (default: auto with --check full, else off)",
+        "without and keeps the closer one (--check quick measures neither: there it is on); on trusts it "
+        "(default: auto with --check full, else off)",
     )  # fmt: skip
     quantizing.add_argument(
         "--tensor-type", action="append", type=_override, metavar="PATTERN=TYPE",
@@ -167,7 +170,8 @@ def _dry_run(options: Any, as_json: bool) -> int:
 
 def _show(report: dict[str, Any], folder: Path, report_file: Path) -> None:
     console = Console()
-    console.print(gate_table(f"{report['name']}: checks ({report['check']})", report["gates"]))
+    of_files = [gate for gate in report["gates"] if gate["file"] != "merge"]  # merging has a table of its own
+    console.print(gate_table(f"{report['name']}: checks ({report['check']})", of_files))
     if report["merge"] is not None:
         console.print(merge_table(report["merge"]))
         console.print(merge_sentence(report["merge"]), highlight=False)

@@ -26,6 +26,7 @@ _LABELS = {
     "chat_template": "renderings that differ",
     "append_only": "turns that rewrite earlier ones",
     "eos": "an answer's end ends it",
+    "generation_ends": "greedy answers that end",
     "eos_after_answer": "ends of given answers missed",
     "top1": "same first choice",
     "kld": "KL divergence, mean, nats",

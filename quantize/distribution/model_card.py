@@ -1,4 +1,4 @@
-"""README.md: a Hugging Face model card whose every figure was measured by this export."""
+"""README.md: a Hugging Face model card whose every figure was measured by this export, or says that it is computed."""
 
 from __future__ import annotations
 
@@ -22,6 +22,15 @@ _FIGURES = (
     ("same best token", "top1_vs_", ".2%"),
     ("perplexity ratio", "perplexity_vs_", ".4f"),
 )
+
+
+# What `--check` held the files against.
+_COMPARED = {
+    "full": "The unquantized file was compared with the Hugging Face model, every other file with the unquantized "
+    "weights.",
+    "file": "Every file was compared with the unquantized weights in llama.cpp; none with the Hugging Face model.",
+    "quick": "What the model computes was not compared with anything.",
+}
 
 
 @dataclass(frozen=True)
@@ -118,9 +127,8 @@ def _files(export: Export, models: Mapping[str, CardFile]) -> str:
     head = ("file", "MiB", "tensor types", *(name for name, _, _ in _FIGURES))
     return (
         table(head, rows)
-        + "\nThe unquantized file is compared with the Hugging Face model, every other file with the unquantized "
-        "weights. Token ids, chat template and end of generation were compared too; `fidelity.json` holds every "
-        "check.\n"
+        + f"\n{_COMPARED[export.report['check']]} Token ids, chat template and end of generation were checked; "
+        "`fidelity.json` holds every check.\n"
     )
 
 
@@ -153,7 +161,8 @@ def _fit(needs: Sequence[Need]) -> list[str]:
         )
         for need in needs
     ]
-    return ["## Which computer it fits\n", table(head, rows)]
+    note = "Computed from the shapes of the weights, keys and values; not measured on such computers.\n"
+    return ["## Which computer it fits\n", table(head, rows), note]
 
 
 def _merging(merge: Mapping[str, Any] | None) -> list[str]:
@@ -173,11 +182,10 @@ def _limits(export: Export) -> str:
         "the cited source, not from the model."
     )
     lines.append("It does not replace examination by a doctor. 危险信号请立即就医。")
-    if merge:
-        lines.append(
-            f"The figures above were measured on fixed texts and on {merge['dialogues']} {merge['measured_on']} of the "
-            "training run, not on patients."
-        )
+    texts = [] if export.report["check"] == "quick" else ["fixed texts"]
+    texts += [f"{merge['dialogues']} {merge['measured_on']}"] if merge else []
+    if texts:
+        lines.append(f"The figures above were measured on {' and on '.join(texts)}, not on patients.")
     if export.vocabulary.nfc:
         lines.append("Text must be Unicode NFC before it is tokenised; llama.cpp does not normalise it.")
     return "".join(f"- {line}\n" for line in lines)

@@ -51,8 +51,8 @@ class Origin:
             return "Apache-2.0."
         if self.licence == UNKNOWN:
             return (
-                f"Unknown: {self.base or 'the source'} came without a model card. Find the licence of the model it was "
-                "made from, and write it into the head of this file before you pass the model on."
+                f"Unknown: {self.base or 'the source'} has no model card that states it. Find the licence of the model "
+                "it was made from, and write it into the head of this file before you pass the model on."
             )
         link = f" ({self.licence_link})" if self.licence_link else ""
         return f"{self.licence_name or self.licence}{link}, as the model it was made from."

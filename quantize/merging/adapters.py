@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,9 +18,10 @@ from quantize.merging.factors import Merge
 
 
 def save_lora(merge: Merge, folder: Path, base: str) -> None:
-    """Writes a folder that `peft.PeftModel.from_pretrained` loads. `base`: name of the model it belongs to.
+    """Writes a folder that `peft.PeftModel.from_pretrained` loads, complete or not at all.
 
-    alpha equals the rank, because B already holds the scale.
+    `base`: name of the model it belongs to. alpha equals the rank, because B already holds the scale. Raises
+    OSError when `folder` has something in it.
     """
     from peft import LoraConfig  # imports torch
 
@@ -33,13 +37,19 @@ def save_lora(merge: Merge, folder: Path, base: str) -> None:
         task_type="CAUSAL_LM",
         inference_mode=True,
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(str(folder))
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
     tensors = {}
     for module in merge:
-        for part, matrix in zip("AB", merge.factors(module), strict=True):
-            tensors[f"base_model.model.{module}.lora_{part}.weight"] = np.ascontiguousarray(matrix)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        for letter, matrix in zip("AB", merge.factors(module), strict=True):
+            tensors[f"base_model.model.{module}.lora_{letter}.weight"] = np.ascontiguousarray(matrix)
+    try:
+        config.save_pretrained(str(part))
+        save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})
+        os.replace(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def write_gguf(path: Path, merge: Merge, architecture: str, plans: Sequence[TensorPlan], name: str) -> None:
@@ -47,7 +57,10 @@ def write_gguf(path: Path, merge: Merge, architecture: str, plans: Sequence[Tens
 
     Without `adapter.lora.alpha` llama.cpp's scale is 1. Raises BadInput for layers that the model lacks.
     """
-    by_source = {plan.source: [p for p in plans if p.source == plan.source] for plan in plans if plan.source}
+    by_source: defaultdict[str, list[TensorPlan]] = defaultdict(list)
+    for plan in plans:
+        if plan.source:
+            by_source[plan.source].append(plan)
     writer = GGUFWriter(path, architecture)
     try:
         writer.add_type("adapter")

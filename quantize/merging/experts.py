@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,8 +45,13 @@ class Adapter:
         try:
             rank, specific = int(config["r"]), int(config["num_specific"])
             scaling = float(config["alpha"]) / rank
-        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-            raise BadInput(f"{folder / 'adapter_config.json'} lacks r, alpha or num_specific: {error!r}.") from error
+            if not math.isfinite(scaling):
+                raise ValueError(f"alpha is {config['alpha']}")
+        except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+            raise BadInput(
+                f"{folder / 'adapter_config.json'} lacks a usable r, alpha or num_specific ({error!r}); copy it from "
+                "the training run."
+            ) from error
         self.layers = _read(folder, rank, specific, scaling)
 
     def check(self, plans: list[TensorPlan]) -> None:
@@ -81,6 +87,8 @@ def _read(folder: Path, rank: int, specific: int, scaling: float) -> dict[str, E
         a, b = tensors.array(keys["A"]), tensors.array(keys["B"])
         total = (1 + specific) * rank
         routers = (tensors.shape(keys["route"]), tensors.shape(keys["noise"]))
+        if a.ndim != 2 or b.ndim != 2:
+            raise BadInput(f"{folder}: {module} has A {a.shape} and B {b.shape}, which are no matrices; copy it again.")
         if a.shape[0] != total or b.shape[1] != total or routers != ((specific, a.shape[1]),) * 2:
             raise BadInput(f"{folder}: {module} does not have {1 + specific} experts of rank {rank}; train it again.")
         layers[module] = Experts(a, b * np.float32(scaling), rank)

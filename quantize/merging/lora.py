@@ -15,7 +15,12 @@ from quantize.run_folder import read_object
 
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
 # What changes the weights in a way that scale · B · A does not express.
-_FOREIGN = ("use_dora", "modules_to_save", "fan_in_fan_out", "trainable_token_indices", "lora_bias", "use_qalora")
+_FOREIGN = (
+    "use_dora", "modules_to_save", "fan_in_fan_out", "trainable_token_indices", "lora_bias", "use_qalora",
+    "alora_invocation_tokens", "target_parameters", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config",
+)  # fmt: skip
+# These take their start out of the base's own weights: the adapter belongs to what is left of them.
+_SPLIT_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 
 class LoraMerge:
@@ -29,6 +34,9 @@ class LoraMerge:
         foreign = [key for key in _FOREIGN if settings.get(key)]
         if settings.get("bias", "none") != "none":
             foreign.append("bias")
+        start = settings.get("init_lora_weights")
+        if isinstance(start, str) and start.lower().startswith(_SPLIT_BASE):
+            foreign.append(f"init_lora_weights={start}")
         if foreign:
             raise BadInput(
                 f"{folder} uses {', '.join(foreign)}; only plain LoRA is folded in here. Merge it with PEFT's "
@@ -57,7 +65,9 @@ class LoraMerge:
 
 
 def _read(folder: Path, settings: dict) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    tensors = Tensors([folder / "adapter_model.safetensors"])
+    file = folder / "adapter_model.safetensors"
+    older = file.with_suffix(".bin")  # PEFT's default until 0.6
+    tensors = Tensors([older if older.is_file() and not file.is_file() else file])
     found: dict[str, dict[str, str]] = {}
     for key in tensors:
         match = _KEY.fullmatch(key)
@@ -71,7 +81,7 @@ def _read(folder: Path, settings: dict) -> dict[str, tuple[np.ndarray, np.ndarra
         if set(keys) != {"A", "B"}:
             raise BadInput(f"{folder}: {module} has only one of lora_A and lora_B; copy the adapter again.")
         a, b = tensors.array(keys["A"]), tensors.array(keys["B"])
-        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+        if a.ndim != 2 or b.ndim != 2 or not 0 < a.shape[0] == b.shape[1]:
             raise BadInput(f"{folder}: {module} has A {a.shape} and B {b.shape}, which do not multiply; copy it again.")
         factors[module] = (a, b * np.float32(_scale(settings, module, a.shape[0], folder)))
     return factors
@@ -80,10 +90,15 @@ def _read(folder: Path, settings: dict) -> dict[str, tuple[np.ndarray, np.ndarra
 def _scale(settings: dict, module: str, rank: int, folder: Path) -> float:
     """PEFT's scale of one layer: alpha / r, or alpha / √r when rank-stabilised; patterns override alpha."""
     alpha = settings.get("lora_alpha")
-    for pattern, value in (settings.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):
-            alpha = value
-            break
+    try:
+        for pattern, value in (settings.get("alpha_pattern") or {}).items():
+            if re.fullmatch(rf"(.*\.)?({pattern})", module):
+                alpha = value
+                break
+    except (AttributeError, re.error) as error:
+        raise BadInput(
+            f"{folder / 'adapter_config.json'}: alpha_pattern cannot be used ({error}); copy it from the training run."
+        ) from error
     if not isinstance(alpha, (int, float)):
         raise BadInput(f"{folder / 'adapter_config.json'} lacks lora_alpha; copy it from the training run.")
     return alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank

@@ -139,6 +139,8 @@ def split(
         return fitted, live.tokenise(list(held_out)), "held-out dialogues"
     if len(fitted) < 3:
         return fitted, fitted, "calibration dialogues, the same that the merge was fitted on"
+    # By task first: where three tasks take turns, every third dialogue would be of the same one.
+    fitted.sort(key=lambda dialogue: dialogue.task)
     rest = [dialogue for number, dialogue in enumerate(fitted) if number % 3]
     return rest, fitted[::3], "calibration dialogues kept out of the fit (every third)"
 

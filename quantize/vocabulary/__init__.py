@@ -117,7 +117,9 @@ def _pieces(folder: Path, settings: Settings, rows: int, found: str | None) -> t
             f"{file}: the model is {model.get('type')}; only BPE, byte-level or SentencePiece, can be exported."
         )
     if source and not model.get("byte_fallback"):
-        return bpe.read(file, source, settings, rows), found
+        pieces = bpe.read(file, source, settings, rows)
+        open_tokenizer(file)  # what its own library cannot read is said now, not after the model was loaded
+        return pieces, found
     # Only here: these need the packages sentencepiece and protobuf.
     from quantize.vocabulary import sentencepiece
     from trainer.prompts import baichuan_template

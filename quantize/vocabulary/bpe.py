@@ -74,6 +74,9 @@ def _normalizer(file: Path, normalizer: dict[str, Any] | None) -> bool:
 def _tokens(file: Path, source: dict[str, Any]) -> dict[int, tuple[str, int]]:
     vocabulary = source["model"].get("vocab") or {}
     by_id = {number: (text, NORMAL) for text, number in vocabulary.items()}
+    if len(by_id) < len(vocabulary):
+        shared = len(vocabulary) - len(by_id)
+        raise BadInput(f"{file}: {shared} tokens have the id of another one; save the tokenizer again.")
     if missing := _LETTERS - set(vocabulary):
         raise BadInput(
             f"{file}: {len(missing)} of {len(_LETTERS)} byte tokens are missing, so some characters could not be read; "

@@ -21,7 +21,7 @@ _QUESTION, _ANSWER = "孩子发热怎么办？", "多喝水，观察精神。"
 def find(settings: Settings, given: str | None) -> str | None:
     """The template in force, or None: `given`, then chat_template.jinja, then tokenizer_config.json, as transformers.
 
-    Raises BadInput for an unreadable file and for several templates without a default.
+    Raises BadInput for an unreadable file, for what is no text, and for several templates without a default.
     """
     if given is not None:
         return given
@@ -30,11 +30,18 @@ def find(settings: Settings, given: str | None) -> str | None:
         found = file.read_text(encoding="utf-8") if file.is_file() else settings.values.get("chat_template")
     except UnicodeDecodeError as error:
         raise BadInput(f"{file} is not UTF-8 ({error}); save the tokenizer again.") from error
-    return (_default(settings.folder, found) if isinstance(found, list) else found) or None
+    if isinstance(found, list):
+        return _default(settings.folder, found)
+    if found is not None and not isinstance(found, str):
+        raise BadInput(
+            f"{settings.folder / 'tokenizer_config.json'}: chat_template is a {type(found).__name__}, no text; save "
+            "the tokenizer again."
+        )
+    return found or None
 
 
-def _default(folder: Path, templates: list[dict[str, Any]]) -> str:
-    named = {entry.get("name"): entry.get("template") for entry in templates}
+def _default(folder: Path, templates: list[Any]) -> str:
+    named = {entry.get("name"): entry.get("template") for entry in templates if isinstance(entry, dict)}
     default = named.get("default")
     if not isinstance(default, str):
         raise BadInput(

@@ -71,11 +71,12 @@ def make_run(folder: Path, *, hidden: int = 64, tied: bool = True, seed: int = 0
     (folder / "run.json").write_text(json.dumps({"name": "tiny", "corpus_sha256": "c" * 64, "git_commit": "g"}))
     (folder / "prompts.json").write_text(json.dumps(prompts(), ensure_ascii=False), encoding="utf-8")
     with (folder / "calibration.jsonl").open("w", encoding="utf-8") as file:
-        for number, answer in enumerate(ANSWERS):
-            task = ("knowledge", "diagnosis", "treatment")[number % 3]
+        # Each three times: random experts generalise to nothing, so what is kept out of the fit is of the same text.
+        for number, answer in enumerate(ANSWERS * 3):
+            task = ("knowledge", "diagnosis", "treatment")[number % 4 % 3]
             messages = [
                 {"role": "system", "content": system(task)},
-                {"role": "user", "content": f"孩子发热{number + 1}天怎么办？"},
+                {"role": "user", "content": f"孩子发热{number % 4 + 1}天怎么办？"},
                 {"role": "assistant", "content": answer},
             ]
             file.write(json.dumps({"task": task, "messages": messages}, ensure_ascii=False) + "\n")

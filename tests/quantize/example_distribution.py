@@ -53,7 +53,7 @@ def example_export(work: Path, **changes: Any) -> Export:
         "source": Source("tiny", work, prompts=prompts(), run={"corpus_sha256": "c" * 64, "recipe": {"base": None}}),
         "inputs": {"run.json": "0" * 64},
         "files": files,
-        "report": {"name": "tiny", "passed": True, "failed": [], "gates": gates, "merge": None},
+        "report": {"name": "tiny", "check": "full", "passed": True, "failed": [], "gates": gates, "merge": None},
         "vocabulary": ExampleVocabulary(inference_template()),
         "parameters": 1_234_567,
         "context": 8192,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import tarfile
 import zipfile
@@ -120,11 +121,15 @@ def test_writing_again_keeps_what_is_there_and_gives_the_same_bytes(
     (stick / "start.py").write_text("damaged")
     (stick / "wheels").mkdir()
     (stick / "wheels/of-an-earlier-bundle.whl").write_text("old")
+    earlier = json.loads((stick / "bundle.json").read_bytes())
+    earlier["files"]["wheels/of-an-earlier-bundle.whl"] = {"sha256": "0" * 64, "bytes": 3}
+    (stick / "bundle.json").write_text(json.dumps(earlier))
     packed(capsys, *arguments)
     after = {path: (path.stat().st_ino, path.read_bytes()) for path in stick.rglob("*") if path.is_file()}
     assert {path: data for path, (_, data) in after.items()} == {path: data for path, (_, data) in before.items()}
     kept = {path.name for path in before if before[path][0] == after[path][0]}
-    assert kept >= {"installer.py", "bundle.json", "manifest.json"}
+    assert kept >= {"installer.py", "README.txt", "manifest.json"}
+    assert not (stick / "wheels").exists()
 
 
 def test_a_stopped_bundle_is_refused_by_the_installer_and_continues(
@@ -159,6 +164,58 @@ def test_other_peoples_files_are_never_deleted(
     (stick / "holiday.jpg").write_text("picture")
     assert "holds other files" in complaint(capsys, distribution, "--only", "model", "--out", stick)
     assert [path.name for path in stick.iterdir()] == ["holiday.jpg"]
+
+
+def test_what_was_added_to_a_bundle_stays_too(
+    distribution: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stick = tmp_path / "stick"
+    packed(capsys, distribution, "--only", "model", "--out", stick)
+    (stick / "photos").mkdir()
+    (stick / "photos/holiday.jpg").write_text("picture")
+    (stick / "._README.txt").write_text("litter")
+    assert "photos/holiday.jpg" in complaint(capsys, distribution, "--only", "model", "--out", stick)
+    assert (stick / "photos/holiday.jpg").read_text() == "picture"
+
+
+def test_a_table_of_contents_cannot_make_us_delete_something_elsewhere(
+    distribution: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stick, outside = tmp_path / "stick", tmp_path / "holiday.jpg"
+    outside.write_text("picture")
+    packed(capsys, distribution, "--only", "model", "--out", stick)
+    earlier = json.loads((stick / "bundle.json").read_bytes())
+    earlier["files"] |= {name: {} for name in ("../holiday.jpg", str(outside), "model/../../holiday.jpg")}
+    (stick / "bundle.json").write_text(json.dumps(earlier))
+    packed(capsys, distribution, "--only", "model", "--out", stick)
+    assert outside.read_text() == "picture"
+
+
+def test_a_bundle_killed_while_it_gets_its_names_continues(
+    distribution: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stick = tmp_path / "stick"
+    arguments = (distribution, "--only", "model", "--out", stick)
+    replace = os.replace
+    for moved in range(12):
+        shutil.rmtree(stick, ignore_errors=True)
+        left = [moved]
+
+        def stopped(source: Path, target: Path, left: list[int] = left) -> None:
+            if ".part" not in str(target):
+                left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            replace(source, target)
+
+        monkeypatch.setattr(os, "replace", stopped)
+        ended = bundle.main([*map(str, arguments)])
+        monkeypatch.setattr(os, "replace", replace)
+        capsys.readouterr()
+        assert ended in (0, 130)
+        packed(capsys, *arguments)
+        installer.open_bundle(stick)
+    assert ended == 0
 
 
 def test_a_small_stick_is_told_before_anything_is_written(
@@ -342,6 +399,28 @@ def test_instruction_sets_come_from_the_library_itself(tmp_path: Path) -> None:
         archive.writestr("llama_cpp/lib/libllama.so", "no library")
     with pytest.raises(BadInput, match="cannot be loaded"):
         portable.instruction_sets(broken)
+
+
+def test_a_flipped_bit_in_a_wheel_is_never_a_traceback(tmp_path: Path) -> None:
+    plain = make_wheel(
+        tmp_path / "plain", "llama_cpp_python", wheels.pinned("llama-cpp-python"), {"llama_cpp/a.py": "x = 1\n" * 99},
+        tag="py3-none-linux_x86_64",
+    )  # fmt: skip
+    wheel = tmp_path / "wheels" / plain.name
+    wheel.parent.mkdir()
+    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    whole, found = wheel.read_bytes(), 0
+    for place in range(len(whole)):
+        data = bytearray(whole)
+        data[place] ^= 0x11
+        wheel.write_bytes(data)
+        try:
+            wheels.llama_wheel(LINUX, wheel.parent, tmp_path / "cache", True, quiet)
+        except BadInput as error:
+            found += "is damaged" in str(error)
+    assert found > len(whole) / 3  # the others change dates and attributes
 
 
 def test_needs_are_read_from_the_libraries(tmp_path: Path) -> None:

@@ -105,6 +105,15 @@ def test_a_truncated_file_is_named(stick: Path, tmp_path: Path) -> None:
     refused(stick, tmp_path / "home", wheel.name)
 
 
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="no file at hand that cannot be read")
+def test_a_file_that_the_stick_cannot_read_is_named(stick: Path, tmp_path: Path) -> None:
+    bundle = installer.open_bundle(stick)
+    (stick / "model/small.gguf").unlink()
+    (stick / "model/small.gguf").symlink_to("/proc/self/mem")  # its first bytes are an I/O error
+    with pytest.raises(installer.Refused, match=r"model/small\.gguf cannot be read"):
+        installer.copy_verified(bundle, tmp_path / "staging", ["model"])
+
+
 def test_an_extra_file_is_named_but_what_systems_write_is_not(stick: Path, tmp_path: Path) -> None:
     for name in (".DS_Store", "wheels/._numpy.whl", "System Volume Information/IndexerVolumeGuid", ".Trash-1000/x"):
         (stick / name).parent.mkdir(exist_ok=True)
@@ -190,6 +199,7 @@ def test_kill_9_anywhere_leaves_the_old_one_working_and_a_rerun_finishes(
         ("write", "/complete'"),  # the environment is filled, but not marked as complete
         ("_write_release", ""),  # app and model have their names
         ("self_test", ""),
+        ("_write_launcher", ""),
         ("switch", ""),
         ("write", "/current'"),
     ]
@@ -198,13 +208,61 @@ def test_kill_9_anywhere_leaves_the_old_one_working_and_a_rerun_finishes(
         process = subprocess.run(command, env=environment(home), capture_output=True, check=False)
         assert process.returncode == -signal.SIGKILL, (name, process.stderr)
         assert answer(home) == "app 1.0, model one", name
-    command = [sys.executable, "-B", "-c", KILL, str(newer), "_write_launcher", ""]
+    command = [sys.executable, "-B", "-c", KILL, str(newer), "_remove_unused", ""]
     assert subprocess.run(command, env=environment(home), capture_output=True, check=False).returncode < 0
     assert answer(home) == "app 2.0, model two"  # killed after the switch
     assert run_installer(newer, home).returncode == 0
     assert answer(home) == "app 2.0, model two"
     assert run_installer(newer, home, "--rollback").returncode == 0
     assert answer(home) == "app 1.0, model one"
+
+
+@pytest.mark.parametrize("action", [[], ["--uninstall"]])
+@pytest.mark.parametrize("name", ["app/mine/main.c", "model/mine.gguf", "release/1.0/notes", "current"])
+def test_a_folder_of_somebody_elses_is_left_alone(action: list[str], name: str, stick: Path, tmp_path: Path) -> None:
+    prefix = tmp_path / "work"
+    (prefix / name).parent.mkdir(parents=True)
+    (prefix / name).write_text("mine")
+    result = run_installer(stick, tmp_path / "home", "--prefix", str(prefix), *action)
+    assert result.returncode == 2
+    assert "was not made by this installer" in result.stderr
+    assert [path.relative_to(prefix).as_posix() for path in prefix.rglob("*") if path.is_file()] == [name]
+
+
+def test_a_launcher_that_cannot_be_written_switches_nothing(good: Path, scratch: Path, tmp_path: Path) -> None:
+    home, newer = tmp_path / "home", make_bundle(tmp_path / "newer", scratch, app="2.0")
+    assert run_installer(good, home).returncode == 0
+    (home / ".local/bin/pediatricsgpt.part").mkdir()
+    result = run_installer(newer, home)
+    assert result.returncode == 2
+    assert "Nothing was switched" in result.stderr
+    assert answer(home) == "app 1.0, model one"
+
+
+@pytest.mark.parametrize("damage", [b"", b"[]", b"\xff\xfe"])
+def test_a_damaged_installation_is_replaced(damage: bytes, good: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    prefix = home / ".local/share/pediatricsgpt"
+    for pattern in ("release/*/release.json", "current"):
+        assert run_installer(good, home).returncode == 0
+        next(prefix.glob(pattern)).write_bytes(damage)
+        result = run_installer(good, home)
+        assert result.returncode == 0, result.stderr
+        assert answer(home) == "app 1.0, model one"
+
+
+def test_windows_scripts_name_no_folder_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """cmd.exe reads them in the code page of the system, and a user may be called 张."""
+    prefix = tmp_path / "张/pediatricsgpt"
+    home = installer.Home(prefix, prefix / "bin/pediatricsgpt.cmd", tmp_path / "张/menu/PediatricsGPT.cmd")
+    with monkeypatch.context() as patch:
+        patch.setattr(installer.os, "name", "nt")
+        installer._write_release(home, "1.0-a-b", {"app": "1.0-a", "model": "m/small.gguf"}, "")
+        installer._write_launcher(home)
+    for script in (home.launcher, home.menu, prefix / "release/1.0-a-b/start.cmd"):
+        assert script is not None
+        assert script.read_bytes().isascii()
+    assert b"%~dp0..\\..\\app\\1.0-a\\Scripts" in (prefix / "release/1.0-a-b/start.cmd").read_bytes()
 
 
 def test_two_installers_at_once(stick: Path, tmp_path: Path) -> None:

@@ -144,6 +144,22 @@ def test_a_foreign_checkpoint_keeps_its_own_licence(tmp_path: Path) -> None:
     assert "SYSTEM" not in (work / "Modelfile").read_text()
 
 
+@pytest.mark.parametrize(
+    ("check", "said", "not_said"),
+    [
+        ("full", "compared with the Hugging Face model", "not compared"),
+        ("file", "none with the Hugging Face model", "not compared"),
+        ("quick", "was not compared with anything", "measured on fixed texts"),
+    ],
+)
+def test_the_card_claims_no_comparison_that_was_not_made(check: str, said: str, not_said: str, tmp_path: Path) -> None:
+    report = {"name": "tiny", "check": check, "passed": True, "failed": [], "gates": [], "merge": None}
+    distribution.write_documents(example_export(tmp_path, report=report), tmp_path)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert said in card
+    assert not_said not in card
+
+
 def test_a_licence_that_nobody_stated_is_not_invented(tmp_path: Path) -> None:
     run = {"recipe": {"base": str(tmp_path / "Base-Model")}}
     work = tmp_path / "work"

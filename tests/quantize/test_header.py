@@ -144,6 +144,15 @@ UNUSABLE = {
 }
 
 
+@pytest.mark.parametrize("kind", [header.GGMLQuantizationType.Q8_1, header.GGMLQuantizationType.Q8_K])
+def test_refuses_types_of_intermediate_results(kind: header.GGMLQuantizationType) -> None:
+    made, (block, size) = seed(), header.GGML_QUANT_SIZES[kind]
+    made.tensors.append(struct.pack("<Q1sI2QIQ", 1, b"x", 2, block, 2, kind, len(made.data)))
+    made.data += bytes(2 * size)
+    with pytest.raises(header.Malformed, match=f"has the type {kind.name}, which cannot be used"):
+        usable.check(header.parse(made.bytes(), Path("x.gguf")))
+
+
 @pytest.mark.parametrize("case", UNUSABLE)
 def test_refuses_what_llama_cpp_cannot_use(case: str) -> None:
     made, words = UNUSABLE[case]
@@ -207,6 +216,19 @@ def test_names_the_damage(case: str, tmp_path: Path) -> None:
     with pytest.raises(header.Malformed, match=re.escape(words)) as caught:
         header.read(path)
     assert str(caught.value).startswith("damaged.gguf: ")
+
+
+def test_an_array_of_strings_that_ends_with_the_file_is_cut_short() -> None:
+    """Without tensors nothing is read after it, which would notice."""
+    made = seed()
+    made.tensors.clear()
+    tokens = next(entry for entry in made.keys if b"tokenizer.ggml.tokens" in entry)
+    made.keys = [entry for entry in made.keys if entry is not tokens] + [tokens]
+    data = made.bytes()
+    end = data.rindex(tokens) + len(tokens)
+    for cut in range(1, 60):
+        with pytest.raises(header.Malformed, match="past the end"):
+            header.parse(data[: end - cut], Path("x.gguf"))
 
 
 def test_a_message_holds_no_control_characters(tmp_path: Path) -> None:

@@ -324,7 +324,14 @@ def test_a_private_repository_needs_a_token_and_the_token_stays_with_the_hub(
 
 
 @pytest.mark.parametrize(
-    ("status", "message"), [(401, "hf auth login"), (403, "write access"), (500, "answered 500"), (429, "patience")]
+    ("status", "message"),
+    [
+        (401, "hf auth login"),
+        (403, "write access"),
+        (404, "has no /api/models"),
+        (429, "patience"),
+        (500, "answered 500"),
+    ],
 )
 def test_what_the_hub_refuses_is_explained(
     status: int, message: str, hub: Hub, dist: Path, capsys: pytest.CaptureFixture[str]
@@ -376,12 +383,17 @@ def test_nothing_is_published_without_a_yes(hub: Hub, dist: Path, capsys: pytest
     assert hub.repos == {}
 
 
-@pytest.mark.parametrize(("answer", "code"), [("", 2), ("n", 2), ("y", 0)])
+@pytest.mark.parametrize(("answer", "code"), [("", 2), ("n", 2), ("\x04", 2), ("y", 0)])
 def test_the_plan_is_shown_and_confirmed(
     answer: str, code: int, hub: Hub, dist: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    def typed(*_: str) -> str:
+        if answer == "\x04":  # Ctrl-D
+            raise EOFError
+        return answer
+
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
-    monkeypatch.setattr("builtins.input", lambda *_: answer)
+    monkeypatch.setattr("builtins.input", typed)
     assert push.main([str(dist), REPO]) == code
     shown = said(capsys)
     assert "PUBLIC, a new repository" in shown
@@ -556,3 +568,9 @@ def test_help_teaches(command: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert "examples:" in out
     assert "exit codes" in out
     assert command.main(["a", "b", "c"]) == 2
+
+
+@pytest.mark.parametrize("address", ["http://hub.example.org", "http://localhost.example.org", "http://10.0.0.1:8080/x"])
+def test_no_token_goes_out_in_the_clear(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert pull.main(["somebody/model", "--endpoint", address]) == 2
+    assert "unencrypted" in " ".join(capsys.readouterr().err.split())

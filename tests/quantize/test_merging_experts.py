@@ -101,6 +101,23 @@ def test_adapter_of_another_base_is_refused(tiny: Path, make: Callable[..., Path
         Adapter(tiny / "4-mue").check([plan for plan in plans if "layers.1.mlp.up_proj" not in plan.source])
 
 
+@pytest.mark.parametrize(("key", "value"), [("alpha", float("nan")), ("r", 0), ("r", float("inf")), ("r", None)])
+def test_settings_that_make_no_scale_are_refused(damaged: Path, key: str, value: object) -> None:
+    file = damaged / "4-mue/adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+    with pytest.raises(BadInput, match=r"lacks a usable r, alpha or num_specific"):
+        Adapter(damaged / "4-mue")
+
+
+def test_experts_that_are_no_matrices_are_refused(damaged: Path) -> None:
+    file = damaged / "4-mue/adapter_model.safetensors"
+    tensors = load_file(file)
+    key = f"base_model.model.{LAYER}.mue_B.weight"
+    save_file({**tensors, key: tensors[key].ravel()}, file)
+    with pytest.raises(BadInput, match="no matrices"):
+        Adapter(damaged / "4-mue")
+
+
 @pytest.mark.parametrize("part", ["A", "route"])
 def test_values_that_are_not_finite_are_refused(damaged: Path, part: str) -> None:
     file = damaged / "4-mue/adapter_model.safetensors"

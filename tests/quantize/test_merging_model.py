@@ -213,6 +213,8 @@ def test_without_held_out_dialogues_every_third_is_kept_out_of_the_fit(tiny: Pat
     assert report is not None
     assert (report["dialogues"], report["calibration_dialogues"]) == (4, 8)
     assert "4 calibration dialogues kept out of the fit (every third)" in merge_sentence(report)
+    # Though the tasks take turns, all of them are measured.
+    assert set(report["table"][0]["nll_by_task"]) == set(TASKS)
 
 
 def test_says_so_when_the_experts_gained_nothing(damaged: Path) -> None:

@@ -88,8 +88,28 @@ CASES: dict[str, tuple[Damage, str]] = {
         edit_json(TOKENIZER, lambda t: t["added_tokens"].append({"id": 701, "content": "A", "special": False})),
         "two ids",
     ),
+    "two tokens, one id": (edit_json(TOKENIZER, lambda t: t["model"]["vocab"].update(zz=300)), "the id of another"),
+    "merge of no tokens": (edit_json(TOKENIZER, lambda t: t["model"]["merges"].append(["zz", "qq"])), "cannot be read"),
+    "half a character": (
+        edit_json(TOKENIZER, lambda t: t["model"]["vocab"].update({"\ud83d": 703})),
+        "not readable JSON",
+    ),
     "no eos": (edit_json("3-dfpo/tokenizer_config.json", lambda c: c.pop("eos_token")), "eos_token"),
     "no chat template": (lambda run: (run / "3-dfpo/chat_template.jinja").unlink(), "chat template"),
+    "template is no text": (
+        lambda run: (
+            (run / "3-dfpo/chat_template.jinja").unlink(),
+            edit_json("3-dfpo/tokenizer_config.json", lambda c: c.update(chat_template={"default": "x"}))(run),
+        ),
+        "is a dict, no text",
+    ),
+    "template refuses the dialogues": (
+        lambda run: (run / "3-dfpo/chat_template.jinja").write_text(
+            "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+            "{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+        ),
+        "no system",
+    ),
     "template marks no answer": (
         lambda run: (run / "3-dfpo/chat_template.jinja").write_text("{{ messages[0]['content'] }}"),
         "drops or repeats a message",
@@ -98,6 +118,7 @@ CASES: dict[str, tuple[Damage, str]] = {
     "name that is a path": (edit_json("run.json", lambda r: r.update(name="../x")), "--name"),
     "prompts incomplete": (edit_json("prompts.json", lambda p: p.pop("phrases")), "phrases"),
     "broken JSON": (lambda run: (run / "run.json").write_text("{"), "not readable JSON"),
+    "deep JSON": (lambda run: (run / CONFIG).write_text("[" * 100_000), "not readable JSON"),
     "wrong encoding": (lambda run: (run / "prompts.json").write_bytes("{儿}".encode("gb18030")), "not readable JSON"),
     "no calibration": (lambda run: (run / "calibration.jsonl").unlink(), "calibration.jsonl is missing"),
     "calibration empty": (lambda run: (run / "calibration.jsonl").write_text("\n"), "no dialogue"),

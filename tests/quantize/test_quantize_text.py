@@ -75,6 +75,12 @@ def test_templates_that_lose_messages_are_refused(template: str) -> None:
         chat.segments(template, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], CONTROL)
 
 
+@pytest.mark.parametrize("control", [[], ["", "<|im_end|>"]])
+def test_a_model_without_control_tokens_has_plain_text_only(control: list[str]) -> None:
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    assert chat.segments(template, [{"role": "user", "content": "你好"}], control) == [["plain", "你好"]]
+
+
 def test_the_ollama_template_is_offered_for_chatml_only() -> None:
     assert chat.is_chatml(CHATML)
     assert not chat.is_chatml(CHATML.replace("<|im_end|>\n", "<|im_end|>"))

@@ -13,13 +13,16 @@ import numpy as np
 import piece_vocabulary
 import pytest
 import torch
+from llama_vocabulary import llama_source
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_models import baichuan_logits, make_baichuan
 from transformers import AutoModelForCausalLM
 
 from quantize import cli, header
+from quantize.merging.lora import LoraMerge
 from quantize.probe import Request, probe
+from quantize.run_folder import read_dialogues
 from trainer.prompts import baichuan_template
 
 EXPERTS, R, ALPHA = 4, 2, 6
@@ -88,6 +91,12 @@ def test_a_lora_is_folded_in_exactly(tiny: Path, tmp_path: Path, capsys: pytest.
     exported(capsys, str(tiny / "3-dfpo"), *arguments, "--quant", "F32")
     found = logits(tmp_path / "dist/l-F32.gguf", ids, tmp_path / "work")
     np.testing.assert_allclose(found, expected, atol=2e-4)
+    delta = LoraMerge(tmp_path / "lora").delta_rows("model.layers.1.mlp.down_proj", slice(None))
+    file = tmp_path / "lora/adapter_model.safetensors"
+    torch.save(load_file(file), file.with_suffix(".bin"))
+    file.unlink()
+    older = LoraMerge(tmp_path / "lora").delta_rows("model.layers.1.mlp.down_proj", slice(None))
+    np.testing.assert_array_equal(older, delta)
 
 
 def test_a_lora_for_another_base_is_refused(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,6 +109,38 @@ def test_a_lora_for_another_base_is_refused(tiny: Path, tmp_path: Path, capsys: 
     arguments = [str(tiny / "3-dfpo"), "--adapter", str(tmp_path / "lora"), "--output", str(tmp_path / "dist")]
     assert cli.main(arguments) == 2
     assert "trained on another base" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("setting", [{"init_lora_weights": "pissa_niter_4"}, {"alora_invocation_tokens": [5, 6]}])
+def test_a_lora_that_is_more_than_added_matrices_is_refused(
+    setting: dict[str, Any], tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """PiSSA takes its start out of the base: folded into the whole base, every weight would be silently wrong."""
+    base = AutoModelForCausalLM.from_pretrained(tiny / "3-dfpo", dtype=torch.float32)
+    model: Any = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model.save_pretrained(str(tmp_path / "lora"))
+    file = tmp_path / "lora/adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | setting))
+    arguments = [str(tiny / "3-dfpo"), "--adapter", str(tmp_path / "lora"), "--output", str(tmp_path / "dist")]
+    assert cli.main(arguments) == 2
+    assert next(iter(setting)) in capsys.readouterr().err
+
+
+def test_a_template_that_marks_no_answers_can_be_merged_on(
+    damaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Published templates ask for the next answer (add_generation_prompt), and have no generation tag."""
+    (damaged / "3-dfpo/chat_template.jinja").write_text(llama_source.CHATML)
+    report = exported(capsys, str(damaged), "--output", str(tmp_path / "dist"))
+    assert report["merge"]["tokens"] > 0
+
+
+def test_line_separators_inside_a_dialogue_end_no_line(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "发热\u2028咳嗽\x85"}, {"role": "assistant", "content": "多喝水。"}]
+    file = tmp_path / "calibration.jsonl"
+    line = json.dumps({"task": "t", "messages": messages}, ensure_ascii=False)
+    file.write_text(f"{line}\n\n{line}\n", encoding="utf-8")
+    assert [dialogue.messages for dialogue in read_dialogues(file)] == [messages, messages]
 
 
 def test_a_checkpoint_with_a_mue_adapter(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -178,6 +219,9 @@ def test_a_released_adapter_without_routers_needs_uniform_gates_by_name(
     assert cli.main([*arguments, *dialogues]) == 2
     assert "--merge uniform" in " ".join(capsys.readouterr().err.split())
     assert cli.main([*arguments, "--merge", "uniform"]) == 0
+    (folder / "adapter_model.safetensors").write_bytes(b"cut")
+    assert cli.main([*arguments, *dialogues, "--force"]) == 2
+    assert "uniform" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -191,6 +235,8 @@ def test_a_released_adapter_without_routers_needs_uniform_gates_by_name(
         (["{tiny}", "--tensor-type", "ffn=Q6_K"], "K- and IQ-types"),
         (["{tiny}", "--quant", "Q4_K_M", "--tensor-type", "nothing_like_it=Q6_K"], "matches no"),
         (["{tiny}", "--calibration", "nowhere.jsonl"], "does not exist"),
+        (["{tiny}", "--calibration", "{tmp}"], "cannot be read"),
+        (["{tiny}/3-dfpo", "--adapter", "{tiny}/4-mue", "--merge", "usage"], "needs dialogues"),
         (["{tmp}"], "neither run.json nor config.json"),
     ],
 )
@@ -201,3 +247,13 @@ def test_refuses(
     assert cli.main([*arguments, "--output", str(tmp_path / "dist")]) == 2
     assert words in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "dist").exists()
+    assert cli.main([*arguments, "--dry-run"]) == 2
+
+
+def test_a_task_that_is_a_path_makes_no_adapter(
+    damaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = damaged / "calibration.jsonl"
+    file.write_text(file.read_text(encoding="utf-8").replace('"diagnosis"', '"../../up"'), encoding="utf-8")
+    assert cli.main([str(damaged), "--task-adapters", "--output", str(tmp_path / "dist")]) == 2
+    assert "../../up" in capsys.readouterr().err

@@ -320,6 +320,22 @@ def test_unusable_files_and_wrong_use(file: Path, source: Path, tiny: Path, tmp_
         assert (code, words in report["error"]) == (2, True), report
 
 
+@pytest.mark.parametrize("claims", ["[" * 100_000, '{"kld": NaN}', r'{"a": "\ud800"}'])
+def test_claims_that_no_report_can_hold_are_left_out(claims: str, source: Path, tmp_path: Path, run: Run) -> None:
+    code, report = run(written(tmp_path, source, "F32", lambda _, v: v.update({KEY: claims})), "--level", "quick")
+    assert (code, report["claims"]) == (0, None)
+
+
+@pytest.mark.parametrize("quant", ["F32", "BF16"])
+def test_a_checkpoint_of_another_size(
+    quant: str, source: Path, make: Callable[..., Path], tmp_path: Path, run: Run
+) -> None:
+    other = make(tmp_path / "wider", hidden=96) / "3-dfpo"
+    code, report = run(written(tmp_path, source, quant), "--against", other, "--level", "file")
+    assert code == 1
+    assert {f"header ({quant})", f"weights ({quant})"} <= set(report["failed"])
+
+
 def test_another_models_file_is_no_reference(file: Path, source: Path, tmp_path: Path, run: Run) -> None:
     other = written(tmp_path, source, "F32", swapped_tokens)
     code, report = run(file, "--reference", other)
@@ -331,7 +347,7 @@ def test_the_table_for_people(file: Path, capsys: pytest.CaptureFixture[str], mo
     monkeypatch.setenv("COLUMNS", "200")
     assert verify.main([str(file)]) == 0
     out = capsys.readouterr().out
-    for words in ("typed_control_text", "greedy answers", "Every check held.", '{"level": "full"}'):
+    for words in ("typed text read as control", "greedy answers", "Every check held.", '{"level": "full"}'):
         assert words in out
 
 

@@ -108,6 +108,8 @@ def test_a_text_begins_with_bos_if_the_tokenizer_says_so(added: bool, damaged: P
     template = {
         "type": "TemplateProcessing",
         "single": [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {bos: {"id": bos, "ids": [0], "tokens": [bos]}},
     }
     change(
         folder / "tokenizer.json",

@@ -110,7 +110,7 @@ class MueLinear(nn.Module, BaseTunerLayer):
         """Always raises: gates differ from token to token, so there is no weight to add the experts to."""
         raise NotImplementedError(
             "MUE cannot be merged exactly, because its gates depend on the input. "
-            "Use `pediatricsgpt quantize`, which merges the experts by their measured mean gates."
+            "Use `pediatricsgpt quantize`, which fits the nearest weights by least squares and measures the loss."
         )
 
 
