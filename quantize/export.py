@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from jinja2 import TemplateError
@@ -86,13 +87,18 @@ def export(options: Options, progress: Progress) -> Result:
     with publishing.disk_failures(output), publishing.work_folder(output) as work:
         publishing.refuse_full_disk(output, disk_needed(options, prepared, draft(prepared, method)))
         with ThreadPoolExecutor(1) as beside:  # hashing the weights takes as long as writing them
-            hashed = beside.submit(prepared.source.inputs)
-            prepared = replace(prepared, source=converted(prepared.source, work, uniform_gates=method == "uniform"))
-            with _template_refusals(prepared):
-                studied = study(
-                    prepared, method, options.check, work, progress,
-                    rank=options.rank, tasks=options.task_adapters, importance=options.importance != "off",
-                )  # fmt: skip
+            given_up = Event()
+            hashed = beside.submit(prepared.source.inputs, given_up)
+            try:
+                prepared = replace(prepared, source=converted(prepared.source, work, uniform_gates=method == "uniform"))
+                with _template_refusals(prepared):
+                    studied = study(
+                        prepared, method, options.check, work, progress,
+                        rank=options.rank, tasks=options.task_adapters, importance=options.importance != "off",
+                    )  # fmt: skip
+            except BaseException:
+                given_up.set()
+                raise
             inputs = hashed.result()
         files = _Files(options, prepared, studied, inputs, work, progress)
         gates = [*_merge_gates(studied.report), *files.make()]

@@ -318,6 +318,8 @@ class Fidelity:
         both = {quant} if self._track is None or self._base is None else {quant, self._base}
         kld = max(limits.kld(name, self._parameters) for name in both)
         ratio = max(limits.perplexity(name, self._parameters) for name in both)
+        tail = max(limits.kld_99(name, self._parameters) for name in both)
+        same = min(limits.agreement(name, self._parameters) for name in both)
         tie = f", {found.ties} ties within {limits.tie(quant):g}" if strict else ""
         self._summaries[quant] = {
             "level": self._reference.level,
@@ -336,8 +338,8 @@ class Fidelity:
         }
         return [
             Gate(
-                f"top1_vs_{against}", quant, round(found.agreement, 6), 1.0 if strict else None,
-                not strict or found.mismatches == 0,
+                f"top1_vs_{against}", quant, round(found.agreement, 6), 1.0 if strict else round(same, 4),
+                found.mismatches == 0 if strict else found.agreement >= same,
                 f"{found.positions} positions, {found.mismatches} differ{tie}",
             ),
             Gate(
@@ -345,7 +347,7 @@ class Fidelity:
                 f"mean in nats; median {found.median_kld:.3g}, largest {found.max_kld:.3g}",
             ),
             Gate(
-                f"kld99_vs_{against}", quant, _finite(found.kld_99), None, True,
+                f"kld99_vs_{against}", quant, _finite(found.kld_99), tail, found.kld_99 <= tail,
                 "in nats; one position in a hundred is farther away",
             ),
             Gate(

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -141,25 +141,6 @@ class HuggingFace:
                 pad_token_id=min(ends),
             )
         return generated[0, len(prompt) :].tolist()
-
-    @torch.inference_mode()
-    def base_loss(self, dialogues: list[Tokenised], progress: Callable[[], None]) -> float:
-        """Nats per assistant token without live experts: of the base, or after `fold` of the merged model."""
-        with self.without_adapter():
-            return self.loss(dialogues, progress)
-
-    @torch.inference_mode()
-    def loss(self, dialogues: list[Tokenised], progress: Callable[[], None]) -> float:
-        """Nats per assistant token of the model as it is."""
-        total, count = 0.0, 0
-        for dialogue in dialogues:
-            ids = torch.tensor([dialogue.ids])
-            wanted = torch.tensor(dialogue.assistant)[1:]
-            logits = self.model(input_ids=ids).logits[0, :-1][wanted]
-            total += torch.nn.functional.cross_entropy(logits.double(), ids[0, 1:][wanted], reduction="sum").item()
-            count += int(wanted.sum())
-            progress()
-        return total / count
 
     def without_adapter(self) -> contextlib.AbstractContextManager[Any]:
         """The base model alone, for the duration of a `with`."""

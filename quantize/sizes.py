@@ -213,7 +213,7 @@ def verdict(nbytes: int, gigabytes: int) -> str:
 def fit_table(rows: Sequence[Need]) -> Table:
     """The needs as a table for a person; a verdict that Q8_0 keys and values would better is given too."""
     table = Table(title="Which laptop", title_justify="left")
-    table.add_column("type")
+    table.add_column("type", no_wrap=True)
     for column in ("file", "context", "KV F16", "Q8_0", "memory F16", "Q8_0", *(f"{size} GB" for size in LAPTOPS)):
         table.add_column(column, justify="right")
     before = ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import Event
 from typing import Any, Literal
 
 from quantize.checkpoint import Tensors
@@ -37,9 +38,13 @@ class Source:
         """Whether the run declares its model a demonstration."""
         return bool(self.prompts and self.prompts["demonstration"])
 
-    def inputs(self) -> dict[str, str]:
-        """sha256 of every file the export depends on, by a name without this machine's folders."""
-        return {name: file_sha256(path) for name, path in sorted(self.files.items())}
+    def inputs(self, given_up: Event | None = None) -> dict[str, str]:
+        """sha256 of every file the export depends on, by a name without this machine's folders.
+
+        Stops before the next file once `given_up` is set.
+        """
+        wanted = sorted(self.files.items())
+        return {name: file_sha256(path) for name, path in wanted if not (given_up and given_up.is_set())}
 
 
 def open_source(path: Path, adapter: Path | None = None, calibration: Path | None = None) -> Source:

@@ -39,6 +39,7 @@ DIRECT = {
 _NAME_BYTES = 63  # ggml's limit of a tensor's name
 _INFINITY = {GGMLQuantizationType.F16: np.uint16(0x7C00), GGMLQuantizationType.BF16: np.uint16(0x7F80)}
 _ITEMS = {str: GGUFValueType.STRING, int: GGUFValueType.INT32, float: GGUFValueType.FLOAT32}
+_MOST_THREADS = 16  # each holds some blocks in memory, and the disk is no faster for more
 _BLOCK_ELEMENTS = 1 << 20  # 4 MiB of float32: small enough for the processor's cache, large enough for Python
 
 
@@ -141,7 +142,7 @@ def write(
     total = sum(tensor_bytes(plan.shape, kind) for plan, kind in zip(plans, kinds, strict=True))
     work = (task for plan, kind in zip(plans, kinds, strict=True) for task in _tasks(plan, kind, weights))
     done = 0
-    blocks = _in_order(work, threads or available_cores())
+    blocks = _in_order(work, threads or min(_MOST_THREADS, available_cores()))
     with path.open("wb") as file, contextlib.closing(blocks):
         file.write(header_bytes(architecture, metadata, plans, kinds, DIRECT[quant]))
         for plan, kind in zip(plans, kinds, strict=True):

@@ -22,6 +22,12 @@ Progress = Callable[[str, int, int], None]
 
 _MIN_GAIN = 1e-3  # nats; a share of a smaller gain means nothing
 PER_TASK = "per task"
+_MOST_TASKS = 8
+# Floating-point operations: about half an hour of a processor with two cores; a GPU does fifty times as many. A large
+# model is fitted and measured on fewer dialogues, but on so many tokens at least (benchmarks/README.md: a quarter of
+# 43,000 tokens costs 0.001 of the gain kept).
+_WORK, _GPU = 2e14, 50
+_LEAST_FITTED, _LEAST_MEASURED = 8192, 2048
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,14 @@ def merge_experts(
             )
         return Merged(constant_gates(adapter, method), {}, None)
     fitted, measured, measured_on = split(live, calibration, held_out)
+    if tasks and len({dialogue.task for dialogue in fitted}) > _MOST_TASKS:
+        raise BadInput(
+            f"The calibration dialogues name more than {_MOST_TASKS} tasks, and each would get an adapter of its own; "
+            "name few in their `task`, or leave out --task-adapters."
+        )
     with live.on_fastest_device():
+        budget = _tokens(live)
+        fitted, measured = thinned(fitted, max(_LEAST_FITTED, budget)), thinned(measured, max(_LEAST_MEASURED, budget))
         variants: dict[str, Variant] = {
             "universal": {"": constant_gates(adapter, "universal")},
             "uniform": {"": constant_gates(adapter, "uniform")},
@@ -83,6 +96,23 @@ def merge_experts(
         figures = measure(live, variants, measured, _counter(progress, "Measuring the merges", len(measured)))
     report = merge_report(figures, method, measured, measured_on, fitted)
     return Merged(variants[method][""], by_task, report)
+
+
+def thinned(dialogues: list[Tokenised], tokens: int) -> list[Tokenised]:
+    """Evenly spread dialogues of every task that together have about as many tokens; all when there are not more."""
+    total = sum(len(dialogue.ids) for dialogue in dialogues)
+    if total <= tokens:
+        return dialogues
+    count = max(1, round(len(dialogues) * tokens / total))
+    by_task = sorted(dialogues, key=lambda dialogue: dialogue.task)
+    return [by_task[number * len(by_task) // count] for number in range(count)]
+
+
+def _tokens(live: Live) -> int:
+    """How many tokens a fit, or the measurement of all merges, may run over: some eight forward passes over each."""
+    parameters = sum(parameter.numel() for parameter in live.model.parameters())
+    speed = _GPU if live.device.type == "cuda" else 1
+    return int(speed * _WORK / (16 * parameters))
 
 
 def merge_report(

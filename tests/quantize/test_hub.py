@@ -570,7 +570,9 @@ def test_help_teaches(command: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["a", "b", "c"]) == 2
 
 
-@pytest.mark.parametrize("address", ["http://hub.example.org", "http://localhost.example.org", "http://10.0.0.1:8080/x"])
+@pytest.mark.parametrize(
+    "address", ["http://hub.example.org", "http://localhost.example.org", "http://10.0.0.1:8080/x"]
+)
 def test_no_token_goes_out_in_the_clear(address: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert pull.main(["somebody/model", "--endpoint", address]) == 2
     assert "unencrypted" in " ".join(capsys.readouterr().err.split())

@@ -17,10 +17,12 @@ from transformers import AutoTokenizer, Qwen3ForCausalLM
 from quantize.architectures import for_config
 from quantize.checkpoint import Checkpoint
 from quantize.errors import BadInput
+from quantize.hugging_face import Tokenised
 from quantize.live import Live
 from quantize.merging.collect import mean_gates
 from quantize.merging.constants import constant_gates
 from quantize.merging.experts import Adapter
+from quantize.merging.merge import thinned
 from quantize.run_folder import RunFolder
 
 LAYER = "model.layers.1.mlp.up_proj"
@@ -127,3 +129,13 @@ def test_values_that_are_not_finite_are_refused(damaged: Path, part: str) -> Non
     save_file(tensors, file)
     with pytest.raises(BadInput, match=f"mue_{part}.+not finite.+train the run again"):
         Adapter(damaged / "4-mue")
+
+
+def test_a_large_model_is_fitted_on_an_even_share_of_every_task() -> None:
+    tasks = ("diagnosis", "knowledge", "treatment")
+    dialogues = [Tokenised([0] * 100, [True] * 100, tasks[number % 3]) for number in range(90)]
+    kept = thinned(dialogues, 3000)
+    assert [sum(d.task == task for d in kept) for task in tasks] == [10, 10, 10]
+    assert len({id(dialogue) for dialogue in kept}) == 30
+    assert thinned(dialogues, 9000) is dialogues
+    assert len(thinned(dialogues, 1)) == 1
