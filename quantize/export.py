@@ -17,8 +17,8 @@ from quantize.chat import TemplateFailed
 from quantize.distribution.manifest import is_name
 from quantize.errors import BadInput
 from quantize.fidelity import KEY, RESERVED_BYTES, Expected, Fidelity, Gate
-from quantize.merging.adapters import save_lora, write_gguf
-from quantize.merging.factors import Merge, difference
+from quantize.merging.adapters import save_lora
+from quantize.merging.factors import Merge
 from quantize.merging.table import kept_floor
 from quantize.metadata import draft, metadata
 from quantize.mixed import Mixed
@@ -26,6 +26,7 @@ from quantize.prepare import Prepared, prepare
 from quantize.reference import Level, logits_bytes
 from quantize.source import converted, open_source
 from quantize.study import Progress, Studied, merge_method, study
+from quantize.task_adapters import check_adapters, write_adapters
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,9 @@ def export(options: Options, progress: Progress) -> Result:
             inputs = hashed.result()
         files = _Files(options, prepared, studied, inputs, work, progress)
         gates = [*_merge_gates(studied.report), *files.make()]
-        adapters = _write_adapters(prepared, studied, work) if options.task_adapters else {}
+        adapters = write_adapters(studied.tasks, prepared, work)
+        if adapters and all(gate.passed for gate in gates):
+            gates += check_adapters(studied.tasks, adapters, files.first, prepared.parameters, work, progress)
         report = {
             "name": prepared.name,
             "check": options.check,
@@ -200,6 +203,11 @@ class _Files:
         return {quant: self._made[quant] for quant in self._options.quants if quant in self._made}
 
     @property
+    def first(self) -> tuple[str, Path]:
+        """The file made first, the unquantized one where there is one, and its type."""
+        return next(iter(self._made.items()))
+
+    @property
     def answers(self) -> list[dict[str, Any]]:
         """Greedy answers side by side."""
         return self._fidelity.answers
@@ -285,14 +293,3 @@ def _merge_gates(report: dict[str, Any] | None) -> list[Gate]:
     kept, floor = report["kept"], kept_floor(report)
     detail = f"share of the experts' gain of {report['gain']:.4f} nats, on {report['measured_on']}"
     return [Gate("merge_kept", "merge", kept, floor, floor is None or kept >= floor, detail)]
-
-
-def _write_adapters(prepared: Prepared, studied: Studied, work: Path) -> dict[str, Path]:
-    """One adapter per task that turns the merged model into that task's."""
-    assert isinstance(studied.merge, Merge)
-    adapters = {}
-    for task, merge in studied.tasks.items():
-        adapters[task] = path = work / f"{task}.gguf.part"
-        more = difference(merge, studied.merge)
-        write_gguf(path, more, prepared.architecture, prepared.plans, f"{prepared.name} {task}")
-    return adapters

@@ -32,7 +32,7 @@ class Request:
 
     strings: texts to tokenise as plain text. segments: per conversation ["plain" | "control", text] pairs.
     sequences: token ids whose logits at every position are wanted. prompts: token ids to continue greedily until an
-    end-of-generation token or `limit` tokens. The last two need the weights.
+    end-of-generation token or `limit` tokens. The last two need the weights. adapter: a GGUF LoRA file to put on top.
     """
 
     strings: list[str] = field(default_factory=list)
@@ -40,6 +40,7 @@ class Request:
     sequences: list[list[int]] = field(default_factory=list)
     prompts: list[list[int]] = field(default_factory=list)
     limit: int = 1
+    adapter: str = ""
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class _Vocabulary:
 class _Model(_Vocabulary):
     """A model with one context whose cache is float32, so that only the weights' precision is compared."""
 
-    def __init__(self, path: str, context: int) -> None:
+    def __init__(self, path: str, context: int, adapter: str = "") -> None:
         super().__init__(path, weights=True)
         parameters = self.api.llama_context_default_params()
         parameters.n_ctx = context
@@ -142,7 +143,17 @@ class _Model(_Vocabulary):
         self.context: Any = self.api.llama_init_from_model(self.model, parameters)
         if not self.context:
             raise SystemExit(3)
+        if adapter:
+            self._put_on(adapter)
         self._batch = self.api.llama_batch_init(_BATCH, 0, 1)
+
+    def _put_on(self, adapter: str) -> None:
+        loaded = self.api.llama_adapter_lora_init(self.model, adapter.encode())
+        if not loaded:
+            raise SystemExit(3)
+        pointers = (self.api.llama_adapter_lora_p_ctypes * 1)(loaded)
+        if self.api.llama_set_adapters_lora(self.context, pointers, 1, (ctypes.c_float * 1)(1.0)) != 0:
+            raise SystemExit(3)
 
     def forget(self) -> None:
         self.api.llama_memory_clear(self.api.llama_get_memory(self.context), True)
@@ -181,7 +192,7 @@ def _work(request: dict[str, Any]) -> dict[str, Any]:
     sequences, prompts, limit = request["sequences"], request["prompts"], request["limit"]
     if sequences or prompts:
         longest = max([len(s) for s in sequences] + [len(p) + limit for p in prompts] + [_BATCH])
-        vocabulary = model = _Model(request["model"], longest + 8)
+        vocabulary = model = _Model(request["model"], longest + 8, request["adapter"])
     else:
         vocabulary, model = _Vocabulary(request["model"], weights=False), None
     generated = [] if model is None else _run(model, sequences, prompts, limit, Path(request["folder"]))

@@ -18,6 +18,7 @@ from quantize.merging.factors import Merge
 from quantize.merging.lora import LoraMerge
 from quantize.prepare import Prepared
 from quantize.reference import Level, Reference, collect, collect_plain
+from quantize.task_adapters import TaskAdapter, task_adapters
 
 if TYPE_CHECKING:  # imports torch
     from quantize.hugging_face import HuggingFace
@@ -35,13 +36,13 @@ _IMPORTANCE_WORK = 8e12  # parameters times tokens: some minutes of a laptop's p
 class Studied:
     """What the model itself had to tell.
 
-    merge: what is folded into the weights. tasks: per task the merge that should stand in its place.
+    merge: what is folded into the weights. tasks: per task what to put on top.
     report: what merging costs, None when nothing was merged or could be measured.
     """
 
     merge: Merge | LoraMerge | None
     reference: Reference
-    tasks: dict[str, Merge] = field(default_factory=dict)
+    tasks: dict[str, TaskAdapter] = field(default_factory=dict)
     report: dict[str, Any] | None = None
     importance: Importance | None = None
     importance_text: str = ""
@@ -100,13 +101,15 @@ def study(
             merged = merge_experts(
                 model, adapter, source.calibration, source.held_out, method, work, progress, rank=rank, tasks=tasks
             )
-            merge, by_task, report = merged.merge, merged.tasks, merged.report
+            merge, report = merged.merge, merged.report
+            model.fold(merge)
+            tops = task_adapters(model, merge, merged.tasks, prepared)
         else:
             model = HuggingFace(source.checkpoint)
             progress("Loading the model", 1, 1)
-            merge, by_task, report = _folded(prepared, method), {}, None
-        if merge is not None:
-            model.fold(merge)
+            merge, report, tops = _folded(prepared, method), None, {}
+            if merge is not None:
+                model.fold(merge)
         found, text = _importance(prepared, model, progress) if importance else (None, "")
         if level == "full":
             label = "Running the reference"
@@ -116,7 +119,7 @@ def study(
             )  # fmt: skip
         else:
             reference = collect_plain(source, prepared.vocabulary, context, level, parameters=prepared.parameters)
-    return Studied(merge, reference, by_task, report, found, text)
+    return Studied(merge, reference, tops, report, found, text)
 
 
 def _folded(prepared: Prepared, method: str | None) -> Merge | LoraMerge | None:

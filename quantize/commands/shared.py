@@ -35,7 +35,6 @@ _LABELS = {
     "perplexity": "perplexity, ratio",
     "weights": "largest error of a tensor",
     "weight_bits": "weights with other bits",
-    "merge_kept": "experts' gain kept",
 }
 
 

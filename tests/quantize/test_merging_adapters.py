@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from gguf import GGUFReader
 from peft import PeftModel
 from tiny_models import llama_cpp_logits, make_baichuan, save_random
 
-from quantize import writer
+from quantize import cli, task_adapters, writer
 from quantize.architectures import for_config
 from quantize.checkpoint import Checkpoint
 from quantize.errors import BadInput
@@ -137,3 +138,26 @@ def test_peft_loads_the_saved_lora_and_computes_the_same(tiny: Path, tmp_path: P
     expected = folded_logits(tiny / "3-dfpo", merge, ids)
     np.testing.assert_allclose(found, expected, atol=1e-4)
     assert np.abs(found - folded_logits(tiny / "3-dfpo", Merge("none", {}), ids)).max() > 0.01
+
+
+def test_an_export_writes_adapters_that_were_checked(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Right ones are published; one with rows in another order fails its gate, and nothing gets a name."""
+    arguments = [str(tiny), "--task-adapters", "--json", "--output"]
+    assert cli.main([*arguments, str(tmp_path / "good")]) == 0
+    gates = {gate["name"]: gate for gate in json.loads(capsys.readouterr().out)["gates"]}
+    assert {path.name for path in (tmp_path / "good/adapters").iterdir()} == {
+        "diagnosis.gguf", "knowledge.gguf", "treatment.gguf",
+    }  # fmt: skip
+    assert gates["adapter_diagnosis"]["value"] < 1e-6
+    write = task_adapters.write_gguf
+
+    def turned(path: Path, merge: Merge, *rest: object) -> None:
+        layers = {name: (a, np.ascontiguousarray(b[::-1])) for name in merge for a, b in [merge.factors(name)]}
+        write(path, Merge("turned", layers), *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(task_adapters, "write_gguf", turned)
+    assert cli.main([*arguments, str(tmp_path / "bad")]) == 1
+    assert "adapter_diagnosis (F32)" in json.loads(capsys.readouterr().out)["failed"]
+    assert [path.name for path in (tmp_path / "bad").iterdir()] == ["fidelity.json"]
