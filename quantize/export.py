@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 from jinja2 import TemplateError
 
 from quantize import distribution, header, publishing, sizes, writer
+from quantize.beside import Beside
 from quantize.chat import TemplateFailed
 from quantize.distribution.manifest import is_name
 from quantize.errors import BadInput
@@ -20,11 +20,11 @@ from quantize.fidelity import KEY, RESERVED_BYTES, Expected, Fidelity, Gate
 from quantize.merging.adapters import save_lora
 from quantize.merging.factors import Merge
 from quantize.merging.table import kept_floor
-from quantize.metadata import draft, metadata
+from quantize.metadata import SOURCE, draft, metadata, source_digest
 from quantize.mixed import Mixed
 from quantize.prepare import Prepared, prepare
 from quantize.reference import Level, logits_bytes
-from quantize.source import converted, open_source
+from quantize.source import Source, converted, open_source
 from quantize.study import Progress, Studied, merge_method, study
 from quantize.task_adapters import check_adapters, write_adapters
 
@@ -78,7 +78,15 @@ class Result:
 
 def export(options: Options, progress: Progress) -> Result:
     """Converts, checks, and only then publishes. Raises BadInput; OSError for a failing disk becomes BadInput."""
-    prepared = prepare(open_source(options.source, options.adapter, options.calibration), options.name)
+    source = open_source(options.source, options.adapter, options.calibration)
+    with Beside() as beside:
+        return _export(options, source, beside.start(source.inputs, beside.given_up), beside, progress)
+
+
+def _export(
+    options: Options, source: Source, hashed: Future[dict[str, str]], beside: Beside, progress: Progress
+) -> Result:
+    prepared = prepare(source, options.name)
     options = within_reach(options, prepared)
     output = options.output or Path("dist") / prepared.name
     targets = {quant: output / distribution.file_name(prepared.name, quant) for quant in options.quants}
@@ -87,21 +95,13 @@ def export(options: Options, progress: Progress) -> Result:
     refuse_early(options, method, prepared)
     with publishing.disk_failures(output), publishing.work_folder(output) as work:
         publishing.refuse_full_disk(output, disk_needed(options, prepared, draft(prepared, method)))
-        with ThreadPoolExecutor(1) as beside:  # hashing the weights takes as long as writing them
-            given_up = Event()
-            hashed = beside.submit(prepared.source.inputs, given_up)
-            try:
-                prepared = replace(prepared, source=converted(prepared.source, work, uniform_gates=method == "uniform"))
-                with _template_refusals(prepared):
-                    studied = study(
-                        prepared, method, options.check, work, progress,
-                        rank=options.rank, tasks=options.task_adapters, importance=options.importance != "off",
-                    )  # fmt: skip
-            except BaseException:
-                given_up.set()
-                raise
-            inputs = hashed.result()
-        files = _Files(options, prepared, studied, inputs, work, progress)
+        prepared = replace(prepared, source=converted(source, work, uniform_gates=method == "uniform"))
+        with _template_refusals(prepared):
+            studied = study(
+                prepared, method, options.check, work, progress,
+                rank=options.rank, tasks=options.task_adapters, importance=options.importance != "off",
+            )  # fmt: skip
+        files = _Files(options, prepared, studied, hashed, work, beside, progress)
         gates = [*_merge_gates(studied.report), *files.make()]
         adapters = write_adapters(studied.tasks, prepared, work)
         if adapters and all(gate.passed for gate in gates):
@@ -124,7 +124,7 @@ def export(options: Options, progress: Progress) -> Result:
         made = distribution.Export(
             prepared.name,
             prepared.source,
-            inputs,
+            hashed.result(),
             files.wanted,
             report,
             prepared.vocabulary,
@@ -164,12 +164,14 @@ class _Files:
         options: Options,
         prepared: Prepared,
         studied: Studied,
-        inputs: dict[str, str],
+        hashed: Future[dict[str, str]],
         work: Path,
+        beside: Beside,
         progress: Progress,
     ) -> None:
         self._options, self._prepared, self._work, self._progress = options, prepared, work, progress
-        values = {**metadata(prepared, inputs, studied.method, studied.report), KEY: " " * RESERVED_BYTES}
+        self._hashed, self._beside = hashed, beside
+        values = {**metadata(prepared, studied.method, studied.report), KEY: " " * RESERVED_BYTES}
         self.blueprint = sizes.Blueprint(prepared.architecture, values, prepared.plans)
         self._weights = writer.Weights(prepared.checkpoint.tensors, studied.merge)
         self._base = options.intermediate(prepared.stored)
@@ -190,11 +192,14 @@ class _Files:
             else:
                 assert self._base is not None
                 self._mixed.make(self._made[self._base], path, quant)
+            if quant in self._options.quants:
+                self._beside.flush(path)
             gates += self._fidelity.check(path, quant, self._truth(quant), self._bar(f"Checking {quant}"))
             if not gates[-1].passed and gates[-1].name == "opens":
                 break
             if quant in self._options.quants:
                 header.patch(path, KEY, self._fidelity.summary(quant))
+                header.patch(path, SOURCE, source_digest(self._hashed.result()))
         return gates
 
     @property
@@ -220,7 +225,7 @@ class _Files:
     def _write(self, path: Path, quant: str) -> None:
         writer.write(
             path, self._prepared.architecture, self.blueprint.metadata, self._prepared.plans, self._weights, quant,
-            self._bar(f"Writing {quant}"), sync=quant in self._options.quants,
+            self._bar(f"Writing {quant}"), sync=False,
         )  # fmt: skip
 
     def _truth(self, quant: str) -> Any:

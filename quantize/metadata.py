@@ -12,14 +12,13 @@ from quantize.fidelity import KEY, RESERVED_BYTES
 from quantize.prepare import Prepared
 from quantize.sizes import Blueprint
 
+SOURCE = "pediatricsgpt.source_sha256"
 
-def metadata(
-    prepared: Prepared, inputs: dict[str, str], method: str | None, merge: dict[str, Any] | None
-) -> dict[str, Value]:
-    """Every key of the file but the tensors' types.
 
-    inputs: sha256 of the source's files. method: how an adapter was merged, and `merge` what that cost.
+def metadata(prepared: Prepared, method: str | None, merge: dict[str, Any] | None) -> dict[str, Value]:
+    """Every key of the file but the tensors' types; the source's digest is put in later (`source_digest`).
 
+    method: how an adapter was merged, and `merge` what that cost.
     A model that is not ours gets no prompts: the app then takes its built-in ones and says so.
     """
     source = prepared.source
@@ -30,7 +29,7 @@ def metadata(
         "general.description": _description(prepared),
         "general.license": Origin.of(source).licence,
         "general.quantized_by": "PediatricsGPT",
-        "pediatricsgpt.source_sha256": hashlib.sha256(_compact(inputs).encode()).hexdigest(),
+        SOURCE: "0" * 64,
     }
     if method is not None:
         values["pediatricsgpt.merge_method"] = method
@@ -54,9 +53,14 @@ def metadata(
     return {**prepared.hyper_parameters, **prepared.vocabulary.metadata(), **values}
 
 
+def source_digest(inputs: dict[str, str]) -> str:
+    """What a file says under `SOURCE` of the source's files; `inputs`: their sha256."""
+    return hashlib.sha256(_compact(inputs).encode()).hexdigest()
+
+
 def draft(prepared: Prepared, method: str | None) -> Blueprint:
     """The file as far as it is known before anything is measured: enough for its size, but for some kilobytes."""
-    values = {**metadata(prepared, {}, method, None), KEY: " " * RESERVED_BYTES}
+    values = {**metadata(prepared, method, None), KEY: " " * RESERVED_BYTES}
     return Blueprint(prepared.architecture, values, prepared.plans)
 
 

@@ -30,7 +30,7 @@ examples:
   pediatricsgpt quantize Baichuan2-13B --adapter MoE-Adapter --merge uniform --quant Q4_K_M
       a checkpoint and an adapter in the layout of the paper's released code
   pediatricsgpt quantize Qwen3-4B --quant Q4_K_M --dry-run
-      exact sizes, disk needed, and which laptop can run it; writes nothing
+      sizes (to the byte, with merged experts to some hundred), disk needed, which laptop can run it; writes nothing
 
 Which type: Q8_0 loses next to nothing; Q4_K_M is half its size and right for 0.6B and more on a 4 GB laptop.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -257,3 +258,16 @@ def test_a_task_that_is_a_path_makes_no_adapter(
     file.write_text(file.read_text(encoding="utf-8").replace('"diagnosis"', '"../../up"'), encoding="utf-8")
     assert cli.main([str(damaged), "--task-adapters", "--output", str(tmp_path / "dist")]) == 2
     assert "../../up" in capsys.readouterr().err
+
+
+def test_a_file_names_its_source_and_what_was_measured(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exported(capsys, str(tiny), "--output", str(tmp_path / "dist"))
+    inputs = json.loads((tmp_path / "dist/manifest.json").read_text())["inputs"]
+    compact = json.dumps(inputs, ensure_ascii=False, sort_keys=True)
+    metadata = header.read(tmp_path / "dist/tiny-Q8_0.gguf").metadata
+    assert metadata["pediatricsgpt.source_sha256"] == hashlib.sha256(compact.encode()).hexdigest()
+    measured = json.loads(metadata["pediatricsgpt.fidelity"])
+    assert measured["level"] == "full"
+    assert measured["tokens"] > 0
