@@ -197,7 +197,9 @@ class _Files:
             gates += self._fidelity.check(path, quant, self._truth(quant), self._bar(f"Checking {quant}"))
             if not gates[-1].passed and gates[-1].name == "opens":
                 break
-            if quant in self._options.quants:
+        if all(gate.passed for gate in gates):
+            # Last, because one file may have been made from another.
+            for quant, path in self.wanted.items():
                 header.patch(path, KEY, self._fidelity.summary(quant))
                 header.patch(path, SOURCE, source_digest(self._hashed.result()))
         return gates
