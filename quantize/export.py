@@ -277,7 +277,8 @@ def refuse_early(options: Options, method: str | None, prepared: Prepared) -> No
         raise BadInput(f"{options.save_lora} exists already; choose another folder with --save-lora.")
     for quant in options.mixed:
         if sizes.MIXTURES[quant][1] in sizes.NEED_IMATRIX and options.importance == "off":
-            raise BadInput(f"{quant} needs an importance matrix; add --imatrix on, or choose Q3_K_M.")
+            remedy = "add --imatrix on, or choose Q3_K_M" if prepared.runnable else "choose Q3_K_M"
+            raise BadInput(f"{quant} needs an importance matrix; {remedy}.")
     if options.tensor_types:
         if not options.mixed:
             raise BadInput("--tensor-type works with K- and IQ-types (Q4_K_M …), which llama.cpp's quantizer makes.")
