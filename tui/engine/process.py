@@ -70,7 +70,7 @@ class _Child:
             return EngineError("模型进程被系统结束，多半是内存不够；请关闭其他程序或换一个更小的模型，然后重新提问。")
         if number == "SIGILL":
             return EngineError(
-                "这台电脑不支持已安装的 llama.cpp（需要 AVX2）；请在本机重新安装（make install），或换用适合这台电脑的安装包。"
+                "这台电脑不支持已安装的 llama.cpp（需要 AVX2）；请在本机重新安装（make install），或换用另一个安装包。"
             )
         reason = number or f"退出码 {code}"
         last = next((line for line in reversed(self.log) if line.strip()), "")
