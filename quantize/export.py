@@ -23,9 +23,10 @@ from quantize.merging.table import kept_floor
 from quantize.metadata import SOURCE, draft, metadata, source_digest
 from quantize.mixed import Mixed
 from quantize.prepare import Prepared, prepare
+from quantize.progress import Progress, labelled
 from quantize.reference import Level, logits_bytes
 from quantize.source import Source, converted, open_source
-from quantize.study import Progress, Studied, merge_method, study
+from quantize.study import Studied, merge_method, study
 from quantize.task_adapters import check_adapters, write_adapters
 
 
@@ -194,7 +195,9 @@ class _Files:
                 self._mixed.make(self._made[self._base], path, quant)
             if quant in self._options.quants:
                 self._beside.flush(path)
-            gates += self._fidelity.check(path, quant, self._truth(quant), self._bar(f"Checking {quant}"))
+            gates += self._fidelity.check(
+                path, quant, self._truth(quant), labelled(self._progress, f"Checking {quant}")
+            )
             if not gates[-1].passed and gates[-1].name == "opens":
                 break
         if all(gate.passed for gate in gates):
@@ -227,7 +230,7 @@ class _Files:
     def _write(self, path: Path, quant: str) -> None:
         writer.write(
             path, self._prepared.architecture, self.blueprint.metadata, self._prepared.plans, self._weights, quant,
-            self._bar(f"Writing {quant}"), sync=False,
+            labelled(self._progress, f"Writing {quant}"), sync=False,
         )  # fmt: skip
 
     def _truth(self, quant: str) -> Any:
@@ -238,9 +241,6 @@ class _Files:
             return header.read(self._made[self._base]).rows
         plans = {plan.name: plan for plan in self._prepared.plans}
         return lambda tensor, start, stop: self._weights.rows(plans[tensor], start, stop)
-
-    def _bar(self, label: str) -> Any:
-        return lambda done, total: self._progress(label, done, total)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -23,19 +23,12 @@ from transformers.utils import logging as transformers_logging
 import trainer.mue  # noqa: F401  (registers the adapter type with PEFT)
 from quantize.errors import BadInput
 from quantize.run_folder import Dialogue
+from quantize.writer import Merge
 
 # A template without this tag, which `add_generation_prompt` is not, cannot say what the assistant wrote.
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Below this many parameters one thread is faster: the threads would mostly wait for each other.
 SMALL = 16_000_000
-
-
-class Folded(Protocol):
-    """Something that changes weights, by the name of the layer in the checkpoint."""
-
-    def delta_rows(self, module: str, rows: slice | np.ndarray) -> np.ndarray | None:
-        """Float32 [rows, in] to add to these rows of the layer's weight, or None."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -111,7 +104,7 @@ class HuggingFace:
         return result
 
     @torch.inference_mode()
-    def fold(self, merge: Folded) -> None:
+    def fold(self, merge: Merge) -> None:
         """Adds what the merge says to the weights of the base, in place."""
         prefix = "base_model.model." if self.adapted else ""
         for name, module in self.model.named_modules():

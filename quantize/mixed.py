@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ from quantize import quantizer
 from quantize.fidelity import Fidelity
 from quantize.importance import for_tensors
 from quantize.prepare import Prepared
+from quantize.progress import Progress, labelled
 from quantize.sizes import MIXTURES, NEED_IMATRIX
-from quantize.study import Progress, Studied
+from quantize.study import Studied
 
 
 class Mixed:
@@ -58,8 +59,8 @@ class Mixed:
             return
         other = target.with_suffix(".plain.part")
         self._quantize(source, other, quant, f"Quantizing {quant} without importance", plain=True)
-        weighted = self._fidelity.distance(target, quant, self._bar(f"Comparing {quant}"))
-        plain = self._fidelity.distance(other, quant, self._bar(f"Comparing {quant} without importance"))
+        weighted = self._fidelity.distance(target, quant, labelled(self._progress, f"Comparing {quant}"))
+        plain = self._fidelity.distance(other, quant, labelled(self._progress, f"Comparing {quant} without importance"))
         used = weighted is None or plain is None or weighted <= plain
         if not used:
             os.replace(other, target)
@@ -68,13 +69,10 @@ class Mixed:
 
     def _quantize(self, source: Path, target: Path, quant: str, label: str, *, plain: bool) -> None:
         quantizer.quantize(
-            source, target, quant, self._work, self._bar(label), overrides=self._overrides,
+            source, target, quant, self._work, labelled(self._progress, label), overrides=self._overrides,
             imatrix=None if plain else self._matrix, recorded=None if plain else self._recorded,
         )  # fmt: skip
 
     def _note(self, quant: str, *, used: bool, weighted: float | None = None, plain: float | None = None) -> None:
         assert self.record is not None
         self.record["mean_kld"][quant] = {"used": used, "with": weighted, "without": plain}
-
-    def _bar(self, label: str) -> Callable[[int, int], None]:
-        return lambda done, total: self._progress(label, done, total)

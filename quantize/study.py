@@ -5,7 +5,6 @@ Only this part needs torch, and only when something here asks for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,15 +16,13 @@ from quantize.merging.experts import Adapter
 from quantize.merging.factors import Merge
 from quantize.merging.lora import LoraMerge
 from quantize.prepare import Prepared
+from quantize.progress import Progress, labelled
 from quantize.reference import Level, Reference, collect, collect_plain
 from quantize.task_adapters import TaskAdapter, task_adapters
 
 if TYPE_CHECKING:  # imports torch
     from quantize.hugging_face import HuggingFace
     from quantize.importance import Importance
-
-# (what is being done, done, total)
-Progress = Callable[[str, int, int], None]
 
 _CARDS = Path(__file__).resolve().parent.parent / "tui" / "library" / "cards"
 _SEQUENCE_TOKENS = 512
@@ -112,10 +109,9 @@ def study(
                 model.fold(merge)
         found, text = _importance(prepared, model, progress) if importance else (None, "")
         if level == "full":
-            label = "Running the reference"
             reference = collect(
                 model, source, prepared.vocabulary, work / "hf",
-                lambda done, total: progress(label, done, total), parameters=prepared.parameters,
+                labelled(progress, "Running the reference"), parameters=prepared.parameters,
             )  # fmt: skip
         else:
             reference = collect_plain(source, prepared.vocabulary, context, level, parameters=prepared.parameters)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,11 +10,12 @@ import numpy as np
 
 from quantize import limits, probe
 from quantize.child import ChildFailed
-from quantize.comparison import log_softmax
+from quantize.comparison import Comparison, Track
 from quantize.fidelity import Gate
 from quantize.merging.adapters import write_gguf
 from quantize.merging.factors import Merge, difference
 from quantize.prepare import Prepared
+from quantize.progress import Progress
 
 if TYPE_CHECKING:  # imports torch
     from quantize.live import Live
@@ -59,30 +59,26 @@ def check_adapters(
     model: tuple[str, Path],
     parameters: int,
     work: Path,
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
 ) -> list[Gate]:
     """Puts each adapter on a file of the model (type, path) in llama.cpp and compares the logits."""
     quant, file = model
     limit = limits.kld(quant, parameters)
     gates = []
     for number, (task, adapter) in enumerate(adapters.items(), 1):
+        folder = work / f"adapter-{task}"
+        folder.mkdir()
+        track = Track([adapter.ids], folder, len(adapter.ids))
+        track.add(0, 0, adapter.logits)
+        compared = Comparison(track, 0.0)
+        request = probe.Request(sequences=[adapter.ids], adapter=str(paths[task]))
         try:
-            found = log_softmax(_logits(file, adapter.ids, paths[task], work / f"adapter-{task}"))
+            probe.probe(file, request, folder, lambda *_: None, compared.add)
         except ChildFailed as error:
             gates.append(Gate(f"adapter_{task}", quant, None, limit, False, str(error)))
             continue
-        truth = log_softmax(adapter.logits)
-        kld = float((np.exp(truth) * (truth - found)).sum(-1).mean())
+        kld = compared.result().mean_kld
         detail = f"mean KL divergence in nats from Hugging Face with this adapter, {len(adapter.ids)} tokens"
         gates.append(Gate(f"adapter_{task}", quant, kld, limit, kld <= limit, detail))
         progress("Checking the task adapters", number, len(adapters))
     return gates
-
-
-def _logits(model: Path, ids: list[int], adapter: Path, folder: Path) -> np.ndarray:
-    """What llama.cpp computes with the adapter on top, float32 [tokens, vocabulary]. Raises ChildFailed."""
-    blocks: list[np.ndarray] = []
-    folder.mkdir()
-    request = probe.Request(sequences=[ids], adapter=str(adapter))
-    probe.probe(model, request, folder, lambda *_: None, lambda _number, _start, logits: blocks.append(logits))
-    return np.concatenate(blocks)

@@ -19,12 +19,12 @@ from quantize.errors import BadInput
 from quantize.fidelity import KEY, Expected, Fidelity, Gate
 from quantize.own_words import OwnWords
 from quantize.prepare import Prepared, prepare
+from quantize.progress import Progress
 from quantize.reference import Level, Reference
 from quantize.run_folder import file_sha256
 from quantize.source import open_source
 
 # (what is being done, done, total)
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

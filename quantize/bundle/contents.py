@@ -11,11 +11,12 @@ from typing import Any
 
 from quantize.bundle import installer, texts, wheels
 from quantize.bundle.platforms import PLATFORMS, Platform
-from quantize.bundle.portable import Progress, instruction_sets
+from quantize.bundle.portable import instruction_sets
 from quantize.distribution.manifest import CARD, MANIFEST, REPORT, Distribution
 from quantize.errors import BadInput
 from quantize.header import Malformed
 from quantize.header import read as read_header
+from quantize.progress import Progress
 from quantize.run_folder import file_sha256
 
 FAT_FILE_LIMIT = 2**32 - 1

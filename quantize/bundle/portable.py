@@ -13,13 +13,12 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 from quantize.bundle.platforms import Platform
 from quantize.errors import BadInput
+from quantize.progress import Progress
 
-Progress = Callable[[str, int, int], None]
 PACKAGE = "llama-cpp-python"
 
 # llama.cpp's names of instruction sets → /proc/cpuinfo's

@@ -24,8 +24,8 @@ from packaging.utils import canonicalize_name, parse_wheel_filename
 
 from quantize.bundle import portable
 from quantize.bundle.platforms import Platform
-from quantize.bundle.portable import Progress
 from quantize.errors import BadInput
+from quantize.progress import Progress
 
 PROJECT = Path(__file__).resolve().parents[2]
 _SOURCES = ("pyproject.toml", "README.md", "LICENSE", "pediatricsgpt.py", "tui", "trainer", "quantize")

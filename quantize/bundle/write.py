@@ -13,8 +13,8 @@ from typing import Any
 
 from quantize.bundle.contents import Contents, Item, item
 from quantize.bundle.installer import LITTER
-from quantize.bundle.portable import Progress
 from quantize.errors import BadInput
+from quantize.progress import Progress
 from quantize.run_folder import file_sha256
 
 _WORK = ".part"

@@ -16,9 +16,8 @@ from quantize.merging.constants import constant_gates
 from quantize.merging.experts import Adapter
 from quantize.merging.factors import Merge
 from quantize.merging.measure import Variant, measure
+from quantize.progress import Progress, labelled
 from quantize.run_folder import Dialogue
-
-Progress = Callable[[str, int, int], None]
 
 _MIN_GAIN = 1e-3  # nats; a share of a smaller gain means nothing
 PER_TASK = "per task"
@@ -188,9 +187,7 @@ def _fit(
     """One merge on everything, and one per task, pulled towards the first where a task's dialogues are few."""
 
     def solve(dialogues: list[Tokenised], label: str, prior: Merge | None = None) -> Merge:
-        return least_squares(
-            live, dialogues, work, lambda done, total: progress(label, done, total), prior=prior, rank=rank
-        )
+        return least_squares(live, dialogues, work, labelled(progress, label), prior=prior, rank=rank)
 
     merge = solve(fitted, "Merging the experts")
     names = sorted({dialogue.task for dialogue in fitted} - {""}) if tasks else []
